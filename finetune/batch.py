@@ -1,0 +1,98 @@
+"""What the data pipeline promises to a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """B prompts as a denoiser reads them. Only the family that made it looks inside.
+
+    Attributes:
+        tokens: one vector per token, float [B, T, D].
+        pooled: one vector per prompt, float [B, P], where the family has one.
+        mask: True where a token is real, bool [B, T], where the family masks.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same prompts on ``device``."""
+        return Conditioning(**{name: None if v is None else v.to(device) for name, v in vars(self).items()})
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The prompts at ``index`` (long or bool [B])."""
+        return Conditioning(**{name: None if v is None else v[index] for name, v in vars(self).items()})
+
+    @staticmethod
+    def stack(parts: Sequence[Conditioning]) -> Conditioning:
+        """Prompts of several batches of equal length, one after the other."""
+        names = [name for name, value in vars(parts[0]).items() if value is not None]
+        return Conditioning(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """What an image encoder says of B pictures, unscaled, so that a cache outlives a change of scaling.
+
+    Attributes:
+        mean: float [B, C, h, w].
+        logvar: float [B, C, h, w]; minus infinity where the encoder has no variance.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """``mean + std * noise``, with the log-variance clamped as diffusers clamps it."""
+        return self.mean + torch.exp(0.5 * self.logvar.clamp(-30.0, 20.0)) * noise
+
+    def to(self, device: torch.device | str) -> Posterior:
+        """The same posterior on ``device``."""
+        return Posterior(mean=self.mean.to(device), logvar=self.logvar.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B captioned pictures, encoded, on one device.
+
+    Attributes:
+        ids: names that stay the same in every epoch and on every process. Errors quote them.
+        draws: which draw of the endless order each sample is. With ``ids`` it names all of a sample's randomness.
+        captions: prompts after templates, dropout and shuffling.
+        posterior: of the pictures, [B, C, h, w], unscaled.
+        prior: True where the picture shows the class and not the subject, bool [B].
+        weight: how much each sample counts, float32 [B].
+        geometry: original height and width, crop top and left, target height and width, int64 [B, 6].
+        mask: how much each place counts, float32 [B, 1, h, w] in [0, 1]; None where nothing is masked.
+        prompt: the captions encoded ahead, as they can be while no text encoder trains.
+        class_captions: what each sample's class is called, where the prior is the untouched model itself.
+        class_prompt: the class captions encoded ahead.
+    """
+
+    ids: tuple[str, ...]
+    draws: tuple[int, ...]
+    captions: tuple[str, ...]
+    posterior: Posterior
+    prior: Tensor
+    weight: Tensor
+    geometry: Tensor
+    mask: Tensor | None = None
+    prompt: Conditioning | None = None
+    class_captions: tuple[str, ...] | None = None
+    class_prompt: Conditioning | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        return replace(self, **moved)

@@ -1,0 +1,262 @@
+"""What a recipe may say. Every key is listed here, with its default and its unit; an unknown key is an error."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: strict, frozen, no key but those it lists."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: str = "tinyworld"
+    """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
+    family: Literal["sd"] | None = None
+    """The architecture; read from the model's own files where it is not set."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation, through PEFT."""
+
+    kind: Literal["lora"]
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    """The change of a weight is `alpha / rank * B A`; as large as the rank where it is not set."""
+    dropout: Probability = 0.0
+    """On the input of A, while training."""
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(rank)` (Kalajdzievski 2023)."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Of A; B starts at zero."""
+    targets: str | list[str] = "attention"
+    """A preset of the family (`attention`, `wide`, `conv`, ...) or regular expressions that match whole module paths
+    of the denoiser."""
+    text_encoder: bool = False
+    """Also adapt the text encoder's attention."""
+    text_encoder_learning_rate: PositiveFloat | None = None
+
+
+class FullConfig(Section):
+    """Whole weights: all of them or a selection."""
+
+    kind: Literal["full"]
+    select: str | list[str] = "all"
+    """A preset (`all`, `attention`, `cross-attention`, `cross-kv`) or regular expressions searched in the names of the
+    denoiser's parameters."""
+    text_encoder: bool = False
+    """Also train the text encoder."""
+    text_encoder_learning_rate: PositiveFloat | None = None
+
+
+AdapterConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
+
+
+class ConceptConfig(Section):
+    """Pictures that belong together: a subject, a style."""
+
+    folder: str
+    """Pictures, with captions beside them or in `metadata.jsonl`; `tinyworld:subject/N` draws the embedded world's
+    subject N."""
+    prompt: str | None = None
+    """For pictures that have no caption of their own: "a photo of zib star"."""
+    captions: Literal["auto", "sidecar", "metadata", "prompt"] = "auto"
+    """Where captions come from; `auto` takes metadata, then a text file beside the picture, then the prompt."""
+    class_prompt: str | None = None
+    """What the subject is, without the rare token: "a star". Needed by prior preservation."""
+    trigger: str | None = None
+    """The rare token of the prompt: "zib"."""
+    masks: str | None = None
+    """Folder of masks with the pictures' names (white counts); `alpha` takes the pictures' own."""
+    repeats: PositiveInt = 1
+    """How often each picture appears in an epoch."""
+    weight: PositiveFloat = 1.0
+    """How much each picture counts in the loss."""
+
+
+class CacheConfig(Section):
+    """What is encoded once and kept. Entries are keyed by content, so a stale one is never read."""
+
+    folder: str = ".cache/finetune"
+    latents: bool = True
+    text: bool = True
+    """Only while no text encoder trains; it is off otherwise."""
+
+
+class DataConfig(Section):
+    """Pictures and captions."""
+
+    concepts: Annotated[list[ConceptConfig], Field(min_length=1)]
+    resolution: PositiveInt = 512
+    """Side of the square that pictures are scaled and cropped to, in pixels."""
+    flip: bool = False
+    """Mirror half of the draws."""
+    caption_dropout: Probability = 0.0
+    """Share of draws that see the empty caption."""
+    unmasked_weight: Fraction = 0.0
+    """How much places outside a mask count."""
+    cache: CacheConfig = CacheConfig()
+
+
+class SamplerConfig(Section):
+    """How pictures are drawn from a model."""
+
+    steps: PositiveInt = 25
+    guidance: NonNegativeFloat = 5.0
+    scheduler: str | None = None
+    """A scheduler class of diffusers; the model's own where it is not set."""
+
+
+class ImagesPrior(Section):
+    """Prior preservation by pictures of the class, drawn once by the untouched model."""
+
+    kind: Literal["images"]
+    layout: Literal["pairwise", "mixed"] = "pairwise"
+    """`pairwise`: as many class images as subject pictures in every step. `mixed`: class images are ordinary samples of
+    the batch, weighted."""
+    weight: NonNegativeFloat = 1.0
+    """Lambda of the paper."""
+    count: PositiveInt = 100
+    """Class images per class prompt."""
+    folder: str | None = None
+    """Where class images are kept, or your own pictures of the class; below the cache folder where it is not set."""
+    sampler: SamplerConfig = SamplerConfig()
+    batch_size: PositiveInt = 8
+    """Class images drawn at a time."""
+
+
+class ModelPrior(Section):
+    """Prior preservation by the untouched model's own predictions for the class prompt; needs no pictures."""
+
+    kind: Literal["model"]
+    weight: NonNegativeFloat = 1.0
+
+
+class NoPrior(Section):
+    """No prior preservation."""
+
+    kind: Literal["none"]
+
+
+PriorConfig = Annotated[ImagesPrior | ModelPrior | NoPrior, Field(discriminator="kind")]
+
+
+class OptimizerConfig(Section):
+    """How weights move."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a function of the optimizer step."""
+
+    name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    cycles: PositiveInt = 1
+    """Of `cosine_with_restarts`."""
+    power: PositiveFloat = 1.0
+    """Of `polynomial`."""
+    final: Fraction = 0.0
+    """Where a falling schedule ends, as a share of the learning rate."""
+
+
+class EmaConfig(Section):
+    """A moving average of the trained weights; it is what is exported."""
+
+    decay: Fraction
+    warmup: bool = True
+    """Rise to `decay` as (1 + step) / (10 + step)."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 1
+    """Subject pictures per process and forward pass."""
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 1e-4
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    max_grad_norm: PositiveFloat = 1.0
+    min_snr_gamma: PositiveFloat | None = None
+    ema: EmaConfig | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cpu"] = "auto"
+    threads: PositiveInt | None = None
+    """CPU threads of each process; the cores divided among the processes of this machine where it is not set."""
+
+
+class CheckpointConfig(Section):
+    """What a run can be continued from."""
+
+    every: PositiveInt | None = None
+    """Optimizer steps between checkpoints; only at the end and on a signal where it is not set."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """How many are kept. At least two: the last one may be the one being written."""
+    resume: bool = True
+    """Continue from the newest valid checkpoint of the output folder, where it holds the same run."""
+
+
+class SamplesConfig(Section):
+    """Pictures drawn while training."""
+
+    every: PositiveInt | None = None
+    """Optimizer steps between them; none where it is not set."""
+    prompts: list[str] = []
+    per_prompt: PositiveInt = 1
+    sampler: SamplerConfig = SamplerConfig()
+
+
+class ExportConfig(Section):
+    """What is written at the end. Every file is loaded again and compared before the run counts as done."""
+
+    formats: Annotated[list[Literal["diffusers", "kohya"]], Field(min_length=1)] = ["diffusers", "kohya"]
+    """LoRA: `diffusers` (PEFT keys) and `kohya` (A1111, Forge, ComfyUI, kohya's tools). Full models are written as a
+    diffusers folder."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+class ReportConfig(Section):
+    """The page that shows what a run did."""
+
+    enabled: bool = True
+    prompts: list[str] = []
+    """New scenes for the subject; the embedded world brings its own."""
+    per_prompt: PositiveInt = 4
+    sampler: SamplerConfig = SamplerConfig()
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    recipe: Literal["dreambooth", "lora", "full"]
+    """Which page under recipes/ runs it."""
+    output: str
+    """Folder of the run."""
+    seed: NonNegativeInt = 0
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig
+    data: DataConfig
+    prior: PriorConfig = NoPrior(kind="none")
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
+    export: ExportConfig = ExportConfig()
+    report: ReportConfig = ReportConfig()
