@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,11 +25,15 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same prompts on ``device``."""
-        return Conditioning(**{name: None if v is None else v.to(device) for name, v in vars(self).items()})
+        return self._map(lambda tensor: tensor.to(device))
 
     def rows(self, index: Tensor) -> Conditioning:
         """The prompts at ``index`` (long or bool [B])."""
-        return Conditioning(**{name: None if v is None else v[index] for name, v in vars(self).items()})
+        return self._map(lambda tensor: tensor[index])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        changed = {name: change(tensor) for name, tensor in vars(self).items() if tensor is not None}
+        return Conditioning(**changed)
 
     @staticmethod
     def stack(parts: Sequence[Conditioning]) -> Conditioning:

@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,8 +47,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _flush(file)
         old = path.parent / f"{PARTIAL}{uuid.uuid4().hex[:8]}-old-{path.name}"
         if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+            path.replace(old)
+        temporary.replace(path)
         _flush(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
