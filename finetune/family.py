@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
@@ -79,7 +81,9 @@ class ModelFamily(Protocol):
     text_encoders: Sequence[str]  # names of the networks that read prompts
     pixel_multiple: int  # image sides must divide by this
     latent_scale: int  # pixels per latent cell along a side
-    source: str  # folder or hub name the parts come from
+    source: str  # what a recipe's model.path calls the model
+    folder: Path  # where its files are on this machine; diffusers pipelines load from it
+    device: torch.device  # where required networks are put; the CPU unless it is set
 
     def require(self, *networks: str) -> None:
         """Load the named networks where they are not in memory."""
@@ -87,6 +91,10 @@ class ModelFamily(Protocol):
 
     def release(self, *networks: str) -> None:
         """Free the named networks. They can be required again."""
+        ...
+
+    def fresh(self, network: str) -> nn.Module:
+        """Another copy of a network as it is on disk: on the CPU, frozen, in ``eval()``, not in ``networks``."""
         ...
 
     def fingerprint(self, *networks: str) -> str:
@@ -111,6 +119,10 @@ class ModelFamily(Protocol):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """Answer the objective's question for [B, C, h, w]; same shape out. ``geometry`` as in ``Batch``."""
+        ...
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory in the networks in memory that can train; it acts in ``train()`` mode only."""
         ...
 
     def pipeline(self) -> DiffusionPipeline:

@@ -1,0 +1,84 @@
+"""Random-weight twins: true layer names and file layout, a few hundred kilobytes, made in a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from finetune.objective import Prediction
+from finetune.tinyworld.tokenizer import build
+
+WIDTH = 16
+
+
+def write_tiny_sd(
+    path: Path, *, seed: int = 0, prediction: Prediction = "epsilon", linear_projection: bool = False
+) -> Path:
+    """Write a ``StableDiffusionPipeline`` folder with random weights, for 16-pixel pictures and 8-cell latents.
+
+    Args:
+        seed: of the weights; torch's global generator is left alone.
+        linear_projection: attention blocks begin and end with linear layers, as in SD 2.x, and not with 1x1
+            convolutions, as in SD 1.x.
+
+    Returns:
+        ``path``, ready for ``load_family(ModelConfig(path=str(path)))``.
+    """
+    tokenizer = build()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(WIDTH, WIDTH),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=4,
+            cross_attention_dim=WIDTH,
+            use_linear_projection=linear_projection,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,  # latents are not bounded by 1
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+    return path

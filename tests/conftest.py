@@ -1,0 +1,33 @@
+"""What most tests need: a random Stable Diffusion small enough to make on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config.schema import ModelConfig
+from finetune.families import load_family
+from finetune.families.tiny import write_tiny_sd
+from finetune.family import ModelFamily
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random epsilon-prediction model; for reading only."""
+    return write_tiny_sd(tmp_path_factory.mktemp("tiny-sd") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_sd``, with v-prediction and SD 2's linear projections; for reading only."""
+    path = tmp_path_factory.mktemp("tiny-sd-v") / "model"
+    return write_tiny_sd(path, prediction="v_prediction", linear_projection=True)
+
+
+@pytest.fixture
+def tiny_family(tiny_sd: Path) -> ModelFamily:
+    """The family of ``tiny_sd``, nothing loaded yet; ``require`` what the test needs."""
+    torch.set_num_threads(1)
+    return load_family(ModelConfig(path=str(tiny_sd)))
