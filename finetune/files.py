@@ -67,12 +67,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. Tensors may live anywhere and need not be contiguous."""
+    """Write a safetensors file, whole or not at all; equal content gives equal bytes.
+
+    Tensors may live anywhere and need not be contiguous.
+    """
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
+        _sort_metadata(temporary)
 
 
 def sha256(path: Path) -> str:
@@ -91,6 +95,18 @@ def remove_partial(folder: Path) -> None:
     for leftover in folder.iterdir():
         if leftover.name.startswith(PARTIAL):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order in place: the library writes it in another order every time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
 
 
 def _flush(path: Path) -> None:
