@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+)
 
+Text = Annotated[str, Field(min_length=1)]
+Patterns = Annotated[list[Text], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -13,17 +24,19 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """A mapping of a recipe: strict, frozen, no key but those it lists."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
     """The base model."""
 
-    path: str = "tinyworld"
+    path: Text = "tinyworld"
     """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
     family: Literal["sd"] | None = None
     """The architecture; read from the model's own files where it is not set."""
-    revision: str | None = None
+    revision: Text | None = None
     """Commit or tag of a hub model."""
 
 
@@ -40,7 +53,7 @@ class LoraConfig(Section):
     """Scale by `alpha / sqrt(rank)` (Kalajdzievski 2023)."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """Of A; B starts at zero."""
-    targets: str | list[str] = "attention"
+    targets: Text | Patterns = "attention"
     """A preset of the family (`attention`, `wide`, `conv`, ...) or regular expressions that match whole module paths
     of the denoiser."""
     text_encoder: bool = False
@@ -52,7 +65,7 @@ class FullConfig(Section):
     """Whole weights: all of them or a selection."""
 
     kind: Literal["full"]
-    select: str | list[str] = "all"
+    select: Text | Patterns = "all"
     """A preset (`all`, `attention`, `cross-attention`, `cross-kv`) or regular expressions searched in the names of the
     denoiser's parameters."""
     text_encoder: bool = False
@@ -66,18 +79,18 @@ AdapterConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
 class ConceptConfig(Section):
     """Pictures that belong together: a subject, a style."""
 
-    folder: str
+    folder: Text
     """Pictures, with captions beside them or in `metadata.jsonl`; `tinyworld:subject/N` draws the embedded world's
     subject N."""
-    prompt: str | None = None
+    prompt: Text | None = None
     """For pictures that have no caption of their own: "a photo of zib star"."""
     captions: Literal["auto", "sidecar", "metadata", "prompt"] = "auto"
     """Where captions come from; `auto` takes metadata, then a text file beside the picture, then the prompt."""
-    class_prompt: str | None = None
+    class_prompt: Text | None = None
     """What the subject is, without the rare token: "a star". Needed by prior preservation."""
-    trigger: str | None = None
+    trigger: Text | None = None
     """The rare token of the prompt: "zib"."""
-    masks: str | None = None
+    masks: Text | None = None
     """Folder of masks with the pictures' names (white counts); `alpha` takes the pictures' own."""
     repeats: PositiveInt = 1
     """How often each picture appears in an epoch."""
@@ -88,7 +101,7 @@ class ConceptConfig(Section):
 class CacheConfig(Section):
     """What is encoded once and kept. Entries are keyed by content, so a stale one is never read."""
 
-    folder: str = ".cache/finetune"
+    folder: Text = ".cache/finetune"
     latents: bool = True
     text: bool = True
     """Only while no text encoder trains; it is off otherwise."""
@@ -114,7 +127,7 @@ class SamplerConfig(Section):
 
     steps: PositiveInt = 25
     guidance: NonNegativeFloat = 5.0
-    scheduler: str | None = None
+    scheduler: Text | None = None
     """A scheduler class of diffusers; the model's own where it is not set."""
 
 
@@ -129,7 +142,7 @@ class ImagesPrior(Section):
     """Lambda of the paper."""
     count: PositiveInt = 100
     """Class images per class prompt."""
-    folder: str | None = None
+    folder: Text | None = None
     """Where class images are kept, or your own pictures of the class; below the cache folder where it is not set."""
     sampler: SamplerConfig = SamplerConfig()
     batch_size: PositiveInt = 8
@@ -156,7 +169,7 @@ class OptimizerConfig(Section):
     """How weights move."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[Probability, Probability], Strict(False)] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
 
@@ -177,7 +190,7 @@ class ScheduleConfig(Section):
 class EmaConfig(Section):
     """A moving average of the trained weights; it is what is exported."""
 
-    decay: Fraction
+    decay: Probability
     warmup: bool = True
     """Rise to `decay` as (1 + step) / (10 + step)."""
 
@@ -248,7 +261,7 @@ class Recipe(Section):
 
     recipe: Literal["dreambooth", "lora", "full"]
     """Which page under recipes/ runs it."""
-    output: str
+    output: Text
     """Folder of the run."""
     seed: NonNegativeInt = 0
     model: ModelConfig = ModelConfig()

@@ -1,0 +1,60 @@
+"""How a recipe's page is started, and what a command's exit code says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.config.reader import RecipeError, read_recipe
+from finetune.config.schema import Recipe
+from finetune.errors import GuardError, Stopped, UserError
+
+BAD_INPUT, STOPPED, GUARDED = 2, 3, 4
+
+
+def run(main: Callable[[Recipe], None], arguments: Sequence[str] | None = None) -> None:
+    """Read ``--config FILE [key=value ...]`` and hand the recipe to ``main``; ends the process with its exit code.
+
+    Args:
+        arguments: as on a command line; ``sys.argv[1:]`` by default.
+    """
+    with exit_codes():
+        config, overrides = _arguments(list(sys.argv[1:] if arguments is None else arguments))
+        main(read_recipe(config, overrides))
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn the toolkit's own errors into one message on stderr and an exit code; other errors keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        _leave(error, BAD_INPUT)
+    except Stopped as error:
+        _leave(error, STOPPED)
+    except GuardError as error:
+        _leave(error, GUARDED)
+
+
+def _arguments(arguments: list[str]) -> tuple[Path, list[str]]:
+    overrides = [argument for argument in arguments if not argument.startswith("--config=")]
+    files = [argument.partition("=")[2] for argument in arguments if argument not in overrides]
+    while "--config" in overrides:
+        at = overrides.index("--config")
+        files += overrides[at + 1 : at + 2]
+        del overrides[at : at + 2]
+    if len(files) != 1 or any(override.startswith("-") for override in overrides):
+        raise UserError(f"usage: {Path(sys.argv[0]).name} --config RECIPE.yaml [key=value ...]")
+    return Path(files[0]), overrides
+
+
+def _leave(error: Exception, code: int) -> None:
+    """Say it and end. Every process of a run finds the same in a recipe, so one of them says it."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not isinstance(error, RecipeError):
+        said = f"{error}" if rank == "0" else f"rank {rank}: {error}"
+        print(said, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None

@@ -1,0 +1,192 @@
+"""What pydantic found wrong with a recipe, as sentences that say where, what, and the nearest right thing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from finetune.config.describe import Listed, element, is_section, kinds, options, owners, wanted, wanted_of
+from finetune.config.document import Located, Place, Problem
+from finetune.config.schema import Recipe, Section
+from finetune.errors import nearest
+
+# What other trainers call it.
+ALSO_CALLED = {
+    "accumulate": "train.gradient_accumulation_steps",
+    "checkpoint": "model.path",
+    "checkpointing_steps": "checkpoint.every",
+    "checkpoints_total_limit": "checkpoint.keep",
+    "class_data_dir": "prior.folder",
+    "epochs": "train.steps",
+    "images": "data.concepts.0.folder",
+    "instance_data_dir": "data.concepts.0.folder",
+    "instance_prompt": "data.concepts.0.prompt",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.schedule.name",
+    "lr_warmup_steps": "train.schedule.warmup_steps",
+    "max_train_steps": "train.steps",
+    "network_alpha": "adapter.alpha",
+    "network_dim": "adapter.rank",
+    "network_dropout": "adapter.dropout",
+    "num_class_images": "prior.count",
+    "output_dir": "output",
+    "pretrained_model_name_or_path": "model.path",
+    "prior_loss_weight": "prior.weight",
+    "sample_batch_size": "prior.batch_size",
+    "snr_gamma": "train.min_snr_gamma",
+    "target_modules": "adapter.targets",
+    "train_batch_size": "train.batch_size",
+    "train_text_encoder": "adapter.text_encoder",
+    "use_ema": "train.ema.decay",
+    "validation_prompt": "samples.prompts",
+    "warmup": "train.schedule.warmup_steps",
+}
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where an error is: keys without pydantic's names of union members, and what the schema wants there."""
+
+    path: tuple[str | int, ...]
+    section: type[Section]  # that holds the last key
+    wanted: str
+
+
+def explain(error: ValidationError, tree: Located) -> list[Problem]:
+    """One problem for everything that ``error`` found in ``tree``."""
+    found = [(details, _spot(details["loc"])) for details in error.errors()]
+    paths = {spot.path for _, spot in found}
+    problems: dict[tuple[str | int, ...], Problem] = {}
+    for details, spot in found:
+        deeper = any(len(path) > len(spot.path) and path[: len(spot.path)] == spot.path for path in paths)
+        if not deeper:  # the members of a union each complain; the one that came furthest is the one that was meant
+            problems.setdefault(spot.path, _problem(details["type"], spot, tree))
+    return list(problems.values())
+
+
+def place_of(tree: Located, path: Sequence[str | int]) -> Place:
+    """Where ``path`` stands, or the nearest thing above it that stands anywhere."""
+    node = tree
+    for part in path:
+        below = node.below(part)
+        if below is None:
+            break
+        node = below
+    return node.place
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """``data.concepts.0.folder``: how a key is named in messages and overrides."""
+    return ".".join(map(str, path))
+
+
+def _problem(kind: str, spot: _Spot, tree: Located) -> Problem:
+    value, name = _value(tree, spot.path), dotted(spot.path) or "a recipe"
+    if kind == "missing" and isinstance(spot.path[-1], str):
+        field = spot.section.model_fields[spot.path[-1]]
+        text = f"{name} is missing: {_first_line(field) or wanted_of(field)}"
+    elif kind == "extra_forbidden":
+        text = f"{name} is not a key{_hint(spot, tree)}"
+    elif kind.startswith("union_tag") and isinstance(value, dict):
+        choices = spot.wanted.partition("(")[2].rstrip(")")
+        said = value["kind"].plain() if "kind" in value else None
+        name, spot = f"{name}.kind", _Spot((*spot.path, "kind"), spot.section, spot.wanted)
+        if said is None:
+            text = f"{name} is missing; one of {choices}"
+        else:
+            close = nearest(said, choices.split(", ")) if isinstance(said, str) else ""
+            text = f"{name} must be one of {choices}, not {shown(said)}" + (close if "mean" in close else "")
+    else:
+        text = f"{name} must be {spot.wanted}, not {shown(value)}"
+        if isinstance(value, bool | int | float) and spot.wanted.startswith("text"):
+            text += "; put it in quotes"
+    return Problem(place_of(tree, spot.path), text)
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe as messages quote it."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case "":
+            return "an empty one"
+        case str():
+            return repr(value if len(value) <= 60 else f"{value[:57]}...")
+        case dict():
+            return "a section of keys"
+        case list():
+            return f"a list of {len(value)}" if value else "an empty list"
+    return f"{value}"[:60]
+
+
+def _value(tree: Located, path: Sequence[str | int]) -> Any:
+    node: Located | None = tree
+    for part in path:
+        node = node.below(part) if node is not None else None
+    return node.value if node is not None else None
+
+
+def _spot(location: Sequence[str | int]) -> _Spot:
+    """Follow pydantic's location through the schema."""
+    path: tuple[str | int, ...] = ()
+    section: type[Section] = Recipe
+    here: Any = Recipe
+    words = wanted(Recipe)
+    for part in location:
+        if is_section(here):
+            section = here
+            path = (*path, part)
+            field = section.model_fields.get(str(part))
+            if field is None:
+                return _Spot(path, section, "")
+            here, words = field.annotation, wanted_of(field)
+            if len(options(here)) == 1:
+                here = options(here)[0]
+        elif part in kinds(here):
+            here = kinds(here)[str(part)]
+            words = wanted(here)
+        elif isinstance(part, int):
+            if element(here) is None:  # a tuple: the whole of it is described
+                return _Spot(path, section, words)
+            path = (*path, part)
+            here = element(here)
+            words = wanted(here)
+    return _Spot(path, section, words)
+
+
+def _hint(spot: _Spot, tree: Located) -> str:
+    """The nearest right thing for a key that the section does not have."""
+    key, above = str(spot.path[-1]), dotted([part for part in spot.path[:-1] if isinstance(part, str)])
+    own = list(spot.section.model_fields)
+    having = owners(key)
+    for listed in having:
+        if listed.path == above:  # the same section of another kind has it
+            return f" of kind {shown(_value(tree, (*spot.path[:-1], 'kind')))}; `{key}` belongs to kind {listed.kind!r}"
+    if having:
+        return f"; `{key}` belongs to {' or '.join(dict.fromkeys(map(_called, having)))}"
+    if close := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
+        return f"; did you mean {close[0]!r}?"
+    if called := difflib.get_close_matches(key, ALSO_CALLED, n=1, cutoff=0.85):
+        right = ALSO_CALLED[called[0]]
+        section, _, last = right.rpartition(".")
+        return f"; did you mean {(last if section == above else right)!r}?"
+    return nearest(key, own)
+
+
+def _called(listed: Listed) -> str:
+    if not listed.path:
+        return "the top of the recipe"
+    return f"`{listed.path}`" + (f" of kind {listed.kind!r}" if listed.kind else "")
+
+
+def _first_line(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split()).partition(". ")[0].rstrip(".")
