@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.family import ExportNames, Sites, Vocabulary
-from finetune.objective import DDPM
+from finetune.objective import DDPM, Objective
 
 _PARTS: Mapping[str, tuple[str, Any]] = {
     "denoiser": ("unet", UNet2DConditionModel),
@@ -84,7 +84,7 @@ class SD:
             raise UserError(f"{folder}: the U-Net does not read plain latents; inpainting models cannot be trained")
         self.latent_scale: int = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self.pixel_multiple: int = self.latent_scale * 2 ** (len(self._unet["block_out_channels"]) - 1)
-        self.objective = _objective(folder, self.scheduler(), min_snr_gamma)
+        self.objective: Objective = _objective(folder, self.scheduler(), min_snr_gamma)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         self.sites = Sites(
             linears=LINEARS,
@@ -219,7 +219,7 @@ def _objective(folder: Path, scheduler: Any, min_snr_gamma: float | None) -> DDP
 
 @functools.cache
 def _missing_level() -> str:
-    """ "text_model." where the installed transformers leaves that level out of CLIPTextModel, or ""."""
+    """The level that the installed transformers leaves out of CLIPTextModel's names: "text_model." or nothing."""
     with torch.device("meta"):
         config = CLIPTextConfig(hidden_size=4, intermediate_size=4, num_hidden_layers=0, num_attention_heads=1)
         return "" if hasattr(CLIPTextModel(config), "text_model") else "text_model."

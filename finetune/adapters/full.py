@@ -1,0 +1,117 @@
+"""Whole weights of the base, all of them or a selection."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapter import ParameterGroup, Weights
+from finetune.adapters.select import check_same, select
+from finetune.config.schema import FullConfig
+from finetune.family import ModelFamily
+
+
+class Full:
+    """Selected parameters of a family's networks, everything else frozen. Implements ``finetune.adapter.Adapter``.
+
+    ``parameters`` holds them by canonical name, ``<network>.<parameter>``. Train them in float32: in half precision
+    small updates round to nothing.
+
+    Raises:
+        UserError: a selection matches no parameter.
+    """
+
+    kind: ClassVar[str] = "full"
+
+    def __init__(self, config: FullConfig, family: ModelFamily) -> None:
+        self.config = config
+        self.family = family
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._original: dict[str, Tensor] | None = None
+        family.require("denoiser", *(family.text_encoders if config.text_encoder else []))
+        family.networks.requires_grad_(False)
+        self._select("denoiser", config.select)
+        if config.text_encoder:
+            # patterns of one's own are about the denoiser
+            preset = config.select if config.select in family.sites.selections else "all"
+            for network in family.text_encoders:
+                self._select(network, preset)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def _select(self, network: str, wanted: str | list[str]) -> None:
+        named = dict(self.family.networks[network].named_parameters())
+        presets = self.family.sites.selections
+        chosen = select("adapter.select", wanted, presets, network, list(named), re.Pattern.search)
+        self.parameters |= {f"{network}.{name}": named[name] for name in chosen}
+
+    def groups(self) -> list[ParameterGroup]:
+        """The denoiser's parameters, then those of each text encoder with its own learning rate."""
+        groups: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault(name.split(".")[0], {})[name] = parameter
+        rate = self.config.text_encoder_learning_rate
+        return [
+            ParameterGroup(network, parameters, None if network == "denoiser" else rate)
+            for network, parameters in groups.items()
+        ]
+
+    def networks(self) -> frozenset[str]:
+        """The networks that hold trained parameters."""
+        return frozenset(name.split(".")[0] for name in self.parameters)
+
+    def weights(self) -> Weights:
+        """The trained parameters only."""
+        tensors = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        chosen = self.config.select
+        settings = {
+            "select": chosen if isinstance(chosen, str) else json.dumps(chosen),
+            "text_encoder": json.dumps(self.config.text_encoder),
+        }
+        return Weights(self.kind, tensors, settings)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put ``weights().tensors`` back, bit for bit.
+
+        Raises:
+            UserError: a tensor is missing, unknown or of another shape.
+        """
+        check_same(self.parameters, tensors)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the networks hold the weights of the base as they are on disk. Only under ``torch.no_grad()``.
+
+        A second copy of the trained weights is read when this is first entered and kept from then on.
+
+        Raises:
+            RuntimeError: gradients are enabled; a backward pass would mix the two sets of weights.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("the untouched weights may be used under torch.no_grad() only")
+        if self._original is None:
+            self._original = self._read_original()
+        trained = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = self._original[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = trained[name]
+
+    def _read_original(self) -> dict[str, Tensor]:
+        original: dict[str, Tensor] = {}
+        for network in self.networks():
+            copy = self.family.fresh(network)
+            original |= {f"{network}.{name}": tensor.data for name, tensor in copy.named_parameters()}
+        return {name: original[name].to(parameter) for name, parameter in self.parameters.items()}

@@ -1,0 +1,71 @@
+"""From what a recipe names to names inside a network, with nothing left unmatched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from finetune.errors import UserError, nearest
+
+Presets = Mapping[str, Mapping[str, Sequence[str]]]
+Match = Callable[[re.Pattern[str], str], object]
+
+
+def select(
+    key: str, wanted: str | Sequence[str], presets: Presets, network: str, names: Sequence[str], match: Match
+) -> list[str]:
+    """Those of ``names`` that any of ``wanted`` matches, in the order of ``names``.
+
+    Args:
+        key: of the recipe, for errors: "adapter.targets".
+        wanted: presets of the family or regular expressions.
+        presets: the family's.
+        network: whose names they are.
+        match: ``re.Pattern.fullmatch`` or ``re.Pattern.search``.
+
+    Raises:
+        UserError: an entry is no regular expression, or matches none of ``names``.
+    """
+    chosen: set[str] = set()
+    for entry in [wanted] if isinstance(wanted, str) else wanted:
+        patterns = presets[entry].get(network, []) if entry in presets else [entry]
+        compiled = [_compile(key, pattern) for pattern in patterns]
+        matched = {name for name in names if any(match(pattern, name) for pattern in compiled)}
+        if not matched:
+            raise UserError(f"{key}: {entry!r} matches nothing in the {network}{_hint(entry, presets, names)}")
+        chosen |= matched
+    if not chosen:
+        raise UserError(f"{key}: nothing is named; presets: {', '.join(sorted(presets))}")
+    return [name for name in names if name in chosen]
+
+
+def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless both hold the same names with the same shapes."""
+    if missing := sorted(expected.keys() - found.keys()):
+        raise UserError(f"{len(missing)} tensors are missing, the first is {missing[0]!r}")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise UserError(
+            f"{len(unknown)} tensors are unknown, the first is {unknown[0]!r}{nearest(unknown[0], expected)}"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise UserError(f"{name}: the shape is {list(found[name].shape)}, expected {list(tensor.shape)}")
+
+
+def _compile(key: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _hint(entry: str, presets: Presets, names: Sequence[str]) -> str:
+    """What may have been meant: whole paths, a preset, or the last levels of a name."""
+    for attempt in (f".*{entry}", f"{entry}.*", f".*{entry}.*"):
+        if found := next((name for name in names if re.fullmatch(attempt, name)), None):
+            return f"; it must match whole names such as {found!r}: try {attempt!r}"
+    levels = {level for name in names for level in name.split(".") if not level.isdigit()}
+    close = nearest(entry.removeprefix(".*").lstrip("\\."), [*presets, *levels, *names])
+    return close if "did you mean" in close else f"; presets: {', '.join(sorted(presets))}; a name is {names[0]!r}"
