@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from finetune.config.schema import FullConfig, ImagesPrior, LoraConfig, NoPrior, Recipe
 
+EMBEDDED = "tinyworld:"  # folders of the embedded world bring their own prompts and trigger
+
 
 class Contradiction(NamedTuple):
     """Which key is wrong and why, as the rest of a sentence that begins with the key."""
@@ -40,9 +42,11 @@ def _concepts(recipe: Recipe) -> Iterator[Contradiction]:
                 f"must not contain the trigger {concept.trigger!r}: it names the class, not the subject; "
                 f"{_without(concept.class_prompt, concept.trigger)!r} would do",
             )
-        if recipe.recipe == "dreambooth" and concept.trigger is None:
+        if recipe.recipe != "dreambooth" or concept.folder.startswith(EMBEDDED):
+            continue
+        if concept.trigger is None:
             yield Contradiction((*at, "trigger"), "is missing: DreamBooth ties the subject to a rare word")
-        if recipe.recipe == "dreambooth" and concept.prompt is None and concept.captions in ("auto", "prompt"):
+        if concept.prompt is None and concept.captions in ("auto", "prompt"):
             yield Contradiction(
                 (*at, "prompt"), "is missing: DreamBooth captions its pictures with it, 'a photo of zib star'"
             )
@@ -55,15 +59,14 @@ def _prior(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction(("prior", "kind"), f"must be none: the recipe {recipe.recipe!r} preserves no prior")
         return
     for index, concept in enumerate(recipe.data.concepts):
-        if concept.class_prompt is None:
+        if concept.class_prompt is None and not concept.folder.startswith(EMBEDDED):
             yield Contradiction(
                 ("data", "concepts", index, "class_prompt"),
                 f"is missing: prior {recipe.prior.kind!r} preserves what the model makes of the class, 'a star'",
             )
-    if isinstance(recipe.prior, ImagesPrior) and recipe.prior.layout == "mixed" and recipe.prior.folder is not None:
-        folders = [concept.folder for concept in recipe.data.concepts]
-        if recipe.prior.folder in folders:
-            yield Contradiction(("prior", "folder"), "holds the subject's pictures; class images need their own folder")
+    folders = [concept.folder for concept in recipe.data.concepts]
+    if isinstance(recipe.prior, ImagesPrior) and recipe.prior.folder in folders:
+        yield Contradiction(("prior", "folder"), "holds the subject's pictures; class images need their own folder")
 
 
 def _adapter(recipe: Recipe) -> Iterator[Contradiction]:
@@ -100,8 +103,6 @@ def _outputs(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction(
             ("export", "formats"), "must hold diffusers: kohya is a layout of LoRA files, and the adapter is 'full'"
         )
-    if recipe.samples.every is not None and not recipe.samples.prompts:
-        yield Contradiction(("samples", "prompts"), "is missing: samples.every asks for pictures of nothing")
 
 
 def _holds(text: str, words: str) -> bool:

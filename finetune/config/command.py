@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from finetune.config.reader import RecipeError, read_recipe
 from finetune.config.schema import Recipe
-from finetune.errors import GuardError, Stopped, UserError
+from finetune.errors import GuardError, Stopped, UserError, nearest
 
+PROFILES = Path("launch/accelerate")
 BAD_INPUT, STOPPED, GUARDED = 2, 3, 4
 
 
@@ -24,6 +28,44 @@ def run(main: Callable[[Recipe], None], arguments: Sequence[str] | None = None) 
     with exit_codes():
         config, overrides = _arguments(list(sys.argv[1:] if arguments is None else arguments))
         main(read_recipe(config, overrides))
+
+
+def run_recipe(path: Path, overrides: Sequence[str]) -> None:
+    """Run the page of a recipe in this process."""
+    recipe = read_recipe(path, overrides)
+    importlib.import_module(f"recipes.{recipe.recipe}").main(recipe)
+
+
+def launch_recipe(path: Path, overrides: Sequence[str], profile: str) -> NoReturn:
+    """Become ``accelerate launch``, which starts the recipe's page in as many processes as ``profile`` says.
+
+    Args:
+        profile: a file of accelerate's, or the name of one in launch/accelerate, below the current folder or beside
+            the recipes' pages.
+
+    Raises:
+        UserError: the recipe is wrong, which is found before anything starts, or there is no such profile.
+    """
+    recipe = read_recipe(path, overrides)
+    found = importlib.util.find_spec(f"recipes.{recipe.recipe}")
+    if found is None or found.origin is None:
+        raise UserError(f"the page recipes/{recipe.recipe}.py is not installed")
+    page = Path(found.origin)
+    settings = _profile(profile, [Path.cwd(), page.parents[1]])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*launcher, str(page), "--config", str(path), *overrides])
+
+
+def _profile(name: str, roots: Sequence[Path]) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    folders = [root / PROFILES for root in roots]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
+    raise UserError(f"--launch: {name!r} is no file and no profile of {PROFILES}{nearest(name, known)}")
 
 
 @contextmanager

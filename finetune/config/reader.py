@@ -7,6 +7,7 @@ relative to the file it stands in.
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def _with_overrides(tree: Located, overrides: Sequence[str], problems: list[Prob
     for override in overrides:
         path, equals, text = override.partition("=")
         place = Place(f"override {override!r}")
-        keys = path.strip().split(".")
+        keys = re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
         if not equals or not all(keys):
             problems.append(Problem(place, "an override is written key.path=value"))
             continue

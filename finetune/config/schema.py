@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Strict,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 
 Text = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[list[Text], Field(min_length=1)]
@@ -45,6 +36,7 @@ class LoraConfig(Section):
 
     kind: Literal["lora"]
     rank: PositiveInt = 16
+    """Inner size of B A; more can hold more, and costs more."""
     alpha: PositiveFloat | None = None
     """The change of a weight is `alpha / rank * B A`; as large as the rank where it is not set."""
     dropout: Probability = 0.0
@@ -59,6 +51,7 @@ class LoraConfig(Section):
     text_encoder: bool = False
     """Also adapt the text encoder's attention."""
     text_encoder_learning_rate: PositiveFloat | None = None
+    """Replaces `train.learning_rate` for the text encoder."""
 
 
 class FullConfig(Section):
@@ -71,6 +64,7 @@ class FullConfig(Section):
     text_encoder: bool = False
     """Also train the text encoder."""
     text_encoder_learning_rate: PositiveFloat | None = None
+    """Replaces `train.learning_rate` for the text encoder."""
 
 
 AdapterConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
@@ -102,7 +96,9 @@ class CacheConfig(Section):
     """What is encoded once and kept. Entries are keyed by content, so a stale one is never read."""
 
     folder: Text = ".cache/finetune"
+    """May be shared by runs and may be removed at any time."""
     latents: bool = True
+    """What the autoencoder makes of each picture."""
     text: bool = True
     """Only while no text encoder trains; it is off otherwise."""
 
@@ -126,7 +122,9 @@ class SamplerConfig(Section):
     """How pictures are drawn from a model."""
 
     steps: PositiveInt = 25
+    """Denoising steps of a picture."""
     guidance: NonNegativeFloat = 5.0
+    """Scale of classifier-free guidance; 1 is none."""
     scheduler: Text | None = None
     """A scheduler class of diffusers; the model's own where it is not set."""
 
@@ -154,6 +152,7 @@ class ModelPrior(Section):
 
     kind: Literal["model"]
     weight: NonNegativeFloat = 1.0
+    """Lambda of the paper."""
 
 
 class NoPrior(Section):
@@ -169,16 +168,22 @@ class OptimizerConfig(Section):
     """How weights move."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """`adamw` (Loshchilov & Hutter 2019); `sgd`, whose momentum is the first of `betas`."""
     betas: Annotated[tuple[Probability, Probability], Strict(False)] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square, for `adamw`."""
     eps: PositiveFloat = 1e-8
+    """Added to the denominator of `adamw`."""
     weight_decay: NonNegativeFloat = 0.01
+    """Decoupled, times the learning rate."""
 
 
 class ScheduleConfig(Section):
     """The learning rate as a function of the optimizer step."""
 
     name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    """Its shape after the warm-up."""
     warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises from 0; at most `train.steps`."""
     cycles: PositiveInt = 1
     """Of `cosine_with_restarts`."""
     power: PositiveFloat = 1.0
@@ -191,6 +196,7 @@ class EmaConfig(Section):
     """A moving average of the trained weights; it is what is exported."""
 
     decay: Probability
+    """Share of the average that each step keeps: 0.999."""
     warmup: bool = True
     """Rise to `decay` as (1 + step) / (10 + step)."""
 
@@ -203,15 +209,22 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 1
     """Subject pictures per process and forward pass."""
     gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes per optimizer step."""
     learning_rate: PositiveFloat = 1e-4
+    """The highest that the schedule reaches."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm where they are longer."""
     min_snr_gamma: PositiveFloat | None = None
+    """Min-SNR weighting of the loss (Hang et al. 2023), for example 5; none where it is not set."""
     ema: EmaConfig | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Of the forward and backward pass; trained weights stay in float32."""
     gradient_checkpointing: bool = False
+    """Compute activations twice to keep fewer: slower, less memory."""
     device: Literal["auto", "cpu"] = "auto"
+    """`auto` takes the accelerator that launched processes are given, else the CPU."""
     threads: PositiveInt | None = None
     """CPU threads of each process; the cores divided among the processes of this machine where it is not set."""
 
@@ -234,6 +247,7 @@ class SamplesConfig(Section):
     """Optimizer steps between them; none where it is not set."""
     prompts: list[str] = []
     per_prompt: PositiveInt = 1
+    """Pictures per prompt."""
     sampler: SamplerConfig = SamplerConfig()
 
 
@@ -244,15 +258,18 @@ class ExportConfig(Section):
     """LoRA: `diffusers` (PEFT keys) and `kohya` (A1111, Forge, ComfyUI, kohya's tools). Full models are written as a
     diffusers folder."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the tensors in the files."""
 
 
 class ReportConfig(Section):
     """The page that shows what a run did."""
 
     enabled: bool = True
+    """Write `report.html` at the end."""
     prompts: list[str] = []
     """New scenes for the subject; the embedded world brings its own."""
     per_prompt: PositiveInt = 4
+    """Pictures per prompt."""
     sampler: SamplerConfig = SamplerConfig()
 
 
@@ -264,6 +281,7 @@ class Recipe(Section):
     output: Text
     """Folder of the run."""
     seed: NonNegativeInt = 0
+    """Of everything random in the run: two runs of one recipe and seed are the same."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig
     data: DataConfig

@@ -1,0 +1,5 @@
+"""``python -m finetune``: the same as ``finetune``."""
+
+from finetune.cli import main
+
+main()
