@@ -1,0 +1,40 @@
+"""What a fine-tuned model is worth, and the page that shows it.
+
+- ``measures``: fidelity, diversity, prompt accuracy, intervals; pure functions over a judge's embeddings.
+- ``protocol``: the questions that a model is asked before and after training, and the figures of the answers.
+- ``report``: ``report.html``, one self-contained page.
+- ``study``: several subjects, methods and priors; ``python -m finetune.evaluation.study``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Answers": "protocol",
+    "Evaluation": "protocol",
+    "Figures": "protocol",
+    "Questions": "protocol",
+    "ask": "protocol",
+    "evaluate": "protocol",
+    "tinyworld_questions": "protocol",
+    "Captioned": "report",
+    "Check": "report",
+    "Command": "report",
+    "ExportedFile": "report",
+    "ReportData": "report",
+    "Shot": "report",
+    "Snapshot": "report",
+    "read_metrics": "report",
+    "shots": "report",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,92 @@
+"""A run in one sentence, from the judge's figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.evaluation.measures import normalised
+from finetune.evaluation.protocol import Evaluation
+
+GAIN = 0.4  # of normalised fidelity, from which a subject counts as learnt
+LISTENS = 0.10  # of prompt accuracy, which a run may cost
+DRIFT = 0.2  # of the class's similarity to the subject (PRES*), which a run may add
+
+Grade = Literal["good", "mixed", "bad"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Words and their colour."""
+
+    text: str
+    grade: Grade
+
+
+def verdict(evaluation: Evaluation, subject: str, class_name: str) -> Verdict:
+    """What the figures mean for a person.
+
+    Args:
+        subject: what the subject is called, "zib star". class_name: what its class is called, "star".
+    """
+    before, after = evaluation.before, evaluation.after
+    gain = after.normalised - before.normalised
+    learnt = gain >= GAIN
+    listens = before.accuracy - after.accuracy <= LISTENS
+    kept = after.pres - before.pres <= DRIFT
+    others = plural(class_name)
+    if gain < GAIN / 3:
+        text = f"The model has not learnt the {subject}: its pictures are hardly closer to it than before."
+    else:
+        text = f"The model has learnt {'' if learnt else 'a part of '}the {subject}"
+        match listens, kept:
+            case True, True:
+                text += f", puts it where the prompt says and still draws other {others}."
+            case True, False:
+                text += f" and puts it where the prompt says, but its other {others} now look like it too."
+            case False, True:
+                text += f" and still draws other {others}, but it follows the rest of a prompt less well."
+            case _:
+                text += f", but it follows the rest of a prompt less well and its other {others} now look like it."
+    grade: Grade
+
+
+def verdict(evaluation: Evaluation, subject: str, class_name: str) -> Verdict:
+    """What the figures mean for a person.
+
+    Args:
+        subject: what the subject is called, "zib star". class_name: what its class is called, "star".
+    """
+    before, after = evaluation.before, evaluation.after
+    gain = after.normalised - before.normalised
+    learnt = gain >= GAIN
+    listens = before.accuracy - after.accuracy <= LISTENS
+    kept = after.pres - before.pres <= DRIFT
+    parts = [
+        f"The model has learnt the {subject}"
+        if learnt
+        else f"The model has learnt a part of the {subject}"
+        if gain >= GAIN / 3
+        else f"The model has not learnt the {subject}",
+        "puts it where the prompt says" if listens else "no longer goes where the prompt says",
+        f"still draws other {plural(class_name)}" if kept else f"now draws it for every {class_name}",
+    ]
+    text = (
+        f"{parts[0]}{',' if listens == kept else ' and'} {parts[1]}{' and' if listens == kept else ', but'} {parts[2]}."
+    )
+    if not listens and kept:
+        text = f"{parts[0]} and {parts[2]}, but {parts[1]}."
+    if gain < GAIN / 3:
+        text = f"{parts[0]}: its pictures are no closer to it than before."
+    grade: Grade = "good" if learnt and listens and kept else "bad" if gain < GAIN / 3 else "mixed"
+    return Verdict(text, grade)
+
+
+def closeness(evaluation: Evaluation, value: float) -> float:
+    """A cosine with the subject's pictures as 0 (another individual of the class) to 1 (the subject itself)."""
+    return normalised(value, evaluation.floor, evaluation.ceiling)
+
+
+def plural(noun: str) -> str:
+    """Of a class word: "stars", "crosses"."""
+    return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
