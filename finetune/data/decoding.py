@@ -1,0 +1,153 @@
+"""Picture files to upright 8 bit RGB, with every way in which a file can be bad said in a sentence. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from finetune.errors import UserError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SMALLEST_SIDE = 8  # pixels; anything smaller is an icon or a mistake
+MOST_PIXELS = 178_956_970  # where Pillow itself suspects a decompression bomb
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a picture file once it has been decoded whole.
+
+    Attributes:
+        sha256: of the file's bytes.
+        bytes: size of the file.
+        width, height: in pixels, upright.
+        transparent: whether it has an alpha channel or a transparent colour.
+        frames: more than one in an animation, of which the first counts.
+    """
+
+    sha256: str
+    bytes: int
+    width: int
+    height: int
+    transparent: bool
+    frames: int
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the file's name says that it is a picture."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def inspect(path: Path) -> Facts:
+    """Decode a file whole and say what it is.
+
+    Raises:
+        UserError: it cannot be read, is cut short, is no picture, or is too small or too large.
+    """
+    content = read(path)
+    image = decode(content, path)
+    return Facts(
+        sha256=hashlib.sha256(content).hexdigest(),
+        bytes=len(content),
+        width=image.width,
+        height=image.height,
+        transparent=image.has_transparency_data,
+        frames=getattr(image, "n_frames", 1),
+    )
+
+
+def read(path: Path) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def decode(content: bytes, path: Path) -> Image.Image:
+    """The first frame of a picture, upright, in the file's own colours.
+
+    Args:
+        content: the bytes of the file.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: as ``inspect``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's warnings are either our errors or nobody's concern
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            raise UserError(f"{path}: is not a picture; it begins with {content[:16]!r}") from None
+        except Exception as error:  # decoders raise whatever a broken file makes them raise
+            raise UserError(f"{path}: is not a readable picture: {error}") from None
+        _check_size(image, path)
+        try:
+            frames = getattr(image, "n_frames", 1)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except Exception as error:
+            raise UserError(f"{path}: is broken or cut short ({len(content)} bytes): {error}") from None
+    if upright.mode == "F":
+        raise UserError(f"{path}: holds floating-point numbers; expected a picture of 8 or 16 bits")
+    if frames > 1:
+        upright.n_frames = frames  # type: ignore[attr-defined]
+    return upright
+
+
+def _check_size(image: Image.Image, path: Path) -> None:
+    width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise UserError(f"{path}: is {width} x {height} pixels; expected at least {SMALLEST_SIDE} on each side")
+    if width * height > MOST_PIXELS:
+        raise UserError(f"{path}: is {width} x {height} pixels; expected at most {MOST_PIXELS // 10**6} million in all")
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8 bit sRGB: 16 bit scaled, palettes and CMYK resolved, transparency laid over white."""
+    image = _eight_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return _standard_colours(image) if image.mode in {"RGB", "CMYK"} else image.convert("RGB")
+
+
+def alpha(image: Image.Image) -> Image.Image:
+    """How opaque each pixel is, 8 bit; all of it where the picture has no transparency."""
+    return image.convert("RGBA").getchannel("A")
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """Any picture as 8 bit grey, for masks."""
+    return rgb(image).convert("L")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64).clip(0, 65535) / 257  # 65535 / 257 = 255
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
+def _standard_colours(image: Image.Image) -> Image.Image:
+    """``image`` (RGB or CMYK) converted from the colour profile in its file, where there is a usable one."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(own):
+                converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                return converted if converted is not None else image.convert("RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile says nothing about colours: take the numbers as they are
+    return image.convert("RGB")

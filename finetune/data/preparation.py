@@ -1,0 +1,84 @@
+"""From a recipe to its batches, with no more networks in memory at a time than a phase needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from finetune.config.schema import Recipe
+from finetune.data import prior, sources
+from finetune.data.batches import Batches
+from finetune.data.encode import Latents, Prompts, shared
+from finetune.data.processes import Alone, Processes
+from finetune.data.sources import Concept, Picture
+from finetune.errors import UserError
+from finetune.family import ModelFamily
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    recipe: Recipe,
+    family: ModelFamily,
+    processes: Processes | None = None,
+    *,
+    concepts: Sequence[Concept] | None = None,
+    classes: Sequence[Picture] | None = None,
+    train_text_encoder: bool | None = None,
+) -> Batches:
+    """Make everything that a run reads; call it before an adapter is attached.
+
+    Pictures are checked, class images drawn, captions encoded and the text encoders freed, pictures encoded and the
+    image encoder freed, and the denoiser loaded. A text encoder that trains stays, and so does an encoder whose
+    results the recipe asks not to keep.
+
+    Args:
+        recipe: decides all of it.
+        family: its networks are loaded and freed here.
+        processes: of the run; class images and encodings are shared out among them.
+        concepts: what ``scan`` found, where it has been called already.
+        classes: what ``class_images`` gave, where it has been called already.
+        train_text_encoder: captions are then left to the training step; the adapter's flag where it is not given.
+
+    Raises:
+        UserError: everything that is wrong with the pictures, or a resolution that the model cannot take.
+        GuardError: something trains already, or an encoder gives numbers that are not finite.
+    """
+    processes = processes or Alone()
+    check_resolution(recipe, family)
+    concepts = sources.scan(recipe.data) if concepts is None else concepts
+    processes.barrier()
+    classes = prior.class_images(recipe, family, concepts, processes) if classes is None else classes
+    trains = recipe.adapter.text_encoder if train_text_encoder is None else train_text_encoder
+    prompts = None if trains else Prompts(family, recipe.data)
+    batches = Batches(recipe, family, concepts, classes, Latents(family, recipe.data), prompts, processes)
+    encode(batches, recipe, family, processes, trains)
+    for note in batches.notes:
+        log.warning("%s", note)
+    return batches
+
+
+def encode(batches: Batches, recipe: Recipe, family: ModelFamily, processes: Processes, trains: bool) -> None:
+    """Encode what can be encoded ahead, phase by phase, and load what training needs."""
+    cache, texts = recipe.data.cache, family.text_encoders
+    if batches.prompts and cache.text:
+        shared([partial(batches.prompts.get, text) for text in batches.final_captions], processes)
+        family.release(*texts)
+    if cache.latents:
+        both = (False, True) if recipe.data.flip else (False,)
+        pictures = batches.pictures
+        shared([partial(batches.latents.get, picture, flip) for picture in pictures for flip in both], processes)
+        family.release("vae")
+    family.require("denoiser", *(texts if trains or not cache.text else ()), *(() if cache.latents else ("vae",)))
+
+
+def check_resolution(recipe: Recipe, family: ModelFamily) -> None:
+    """Refuse a resolution that does not divide into the denoiser's cells."""
+    side, multiple = recipe.data.resolution, family.pixel_multiple
+    if side % multiple:
+        below = side // multiple * multiple
+        choices = " or ".join(str(number) for number in (below, below + multiple) if number)
+        raise UserError(
+            f"data.resolution is {side}; {family.name} at {family.source} needs a multiple of {multiple}: {choices}"
+        )

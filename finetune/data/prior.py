@@ -1,0 +1,225 @@
+"""Pictures of the class, drawn once by the untouched model: what prior preservation compares with.
+
+DreamBooth (Ruiz et al. 2023, https://arxiv.org/abs/2208.12242), section 3.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from finetune import files
+from finetune.config.schema import ImagesPrior, Recipe
+from finetune.data import decoding
+from finetune.data.cache import key
+from finetune.data.processes import Alone, Processes
+from finetune.data.sources import Concept, Picture, picture_files, refuse
+from finetune.errors import GuardError, UserError
+from finetune.family import ModelFamily
+from finetune.randomness import generator
+
+MANIFEST = "manifest.json"
+STALE = 600  # seconds after which a temporary file is taken for an interrupted writer's
+log = logging.getLogger(__name__)
+
+
+def class_images(
+    recipe: Recipe, family: ModelFamily, concepts: Sequence[Concept], processes: Processes | None = None
+) -> list[Picture]:
+    """The class images of a recipe, drawing those that are missing; none where its prior is not pictures.
+
+    Must come before an adapter is attached. Image ``i`` is a pure function of the model, the prompt, the settings and
+    the seed: an image that was deleted comes back bit for bit. Processes share the work.
+
+    Raises:
+        UserError: a concept has no class prompt, or the folder of the recipe holds too few pictures of one's own.
+        GuardError: something in ``family`` trains already.
+    """
+    prior, processes = recipe.prior, processes or Alone()
+    if not isinstance(prior, ImagesPrior):
+        return []
+    prompts = class_prompts(concepts)
+    if prior.folder is not None and (own := _own(prior, Path(prior.folder), prompts)):
+        return own
+    pictures: list[Picture] = []
+    for prompt in prompts:
+        pictures += ClassImages(recipe, prior, family, prompt).fill(processes)
+    return pictures
+
+
+def class_prompts(concepts: Sequence[Concept]) -> list[str]:
+    """The class prompts of ``concepts``, each once, in their order.
+
+    Raises:
+        UserError: a concept has none.
+    """
+    missing = [index for index, concept in enumerate(concepts) if not concept.config.class_prompt]
+    refuse([f'data.concepts[{index}]: prior preservation needs class_prompt, such as "a dog"' for index in missing])
+    return list(dict.fromkeys(concept.config.class_prompt or "" for concept in concepts))
+
+
+def _own(prior: ImagesPrior, folder: Path, prompts: Sequence[str]) -> list[Picture]:
+    """A person's own pictures of the class; none where the folder is absent or holds no pictures itself."""
+    if not folder.is_dir():
+        return []
+    paths, others = picture_files(folder, "prior.folder")
+    if not paths:
+        return []
+    if len(prompts) > 1:
+        raise UserError(f"prior.folder: {folder} holds pictures of one class, but the concepts have {len(prompts)}")
+    if len(paths) < prior.count:
+        raise UserError(
+            f"prior.folder: {folder} holds {len(paths)} pictures, prior.count asks for {prior.count}; "
+            "add pictures, lower the count, or leave out the folder to have them drawn"
+        )
+    if others:
+        log.warning("prior.folder: %s: ignored: %s", folder, ", ".join(path.name for path in others[:5]))
+    return _pictures(paths, prompts[0])
+
+
+def _pictures(paths: Sequence[Path], prompt: str) -> list[Picture]:
+    pictures, problems = [], []
+    for path in paths:
+        try:
+            facts = decoding.inspect(path)
+            pictures.append(Picture(f"class: {prompt}/{path.name}", path, (prompt,), facts, prior=True))
+        except UserError as error:
+            problems.append(str(error))
+    refuse(problems)
+    return pictures
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The images of one class prompt, in a folder that is named by everything that decides them."""
+
+    recipe: Recipe
+    prior: ImagesPrior
+    family: ModelFamily
+    prompt: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the images; another value of any of these is another folder."""
+        return {
+            "prompt": self.prompt,
+            "family": self.family.name,
+            "model": self.family.fingerprint("denoiser", "vae", *self.family.text_encoders),
+            "resolution": self.recipe.data.resolution,
+            "seed": self.recipe.seed,
+            "batch_size": self.prior.batch_size,
+            **self.prior.sampler.model_dump(),
+        }
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        kept = self.prior.folder or Path(self.recipe.data.cache.folder) / "class-images"
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40]
+        return Path(kept) / f"{words}-{key('class images', **self.settings)[:12]}"
+
+    def fill(self, processes: Processes) -> list[Picture]:
+        """Draw what is missing and give all of them."""
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if processes.rank == 0:
+            _remove_stale(folder)
+        missing = self._missing(folder)
+        processes.barrier()  # nobody writes before everybody has looked
+        share = [i for i in missing if i // self.prior.batch_size % processes.world == processes.rank]
+        self._draw(folder, share, quiet=processes.rank != 0)
+        processes.barrier()
+        self._draw(folder, self._missing(folder), quiet=True)  # of processes whose disk this one does not see
+        paths = [folder / _name(index) for index in range(self.prior.count)]
+        if processes.rank == 0:
+            self._write_manifest(folder, paths)
+        processes.barrier()
+        return _pictures(paths, self.prompt)
+
+    def _missing(self, folder: Path) -> list[int]:
+        """The images that are absent or not what was written."""
+        known = _hashes(folder)
+        return [i for i in range(self.prior.count) if not _whole(folder / _name(i), known.get(_name(i)))]
+
+    def _draw(self, folder: Path, indices: Sequence[int], quiet: bool) -> None:
+        if not indices:
+            return
+        if any(parameter.requires_grad for parameter in self.family.networks.parameters()):
+            raise GuardError("class images must be drawn by the untouched model, but a part of it trains already")
+        pipe = self._pipeline()
+        size, wanted = self.prior.batch_size, set(indices)
+        # always whole groups of a batch, since what an image's neighbours are can change its last bits
+        groups = sorted({index // size for index in indices})
+        for group in track(groups, f"Drawing {len(indices)} class images", disable=quiet, transient=True):
+            numbers = range(group * size, (group + 1) * size)
+            for index, image in zip(numbers, self._sample(pipe, numbers), strict=True):
+                if index in wanted:
+                    with files.replacing(folder / _name(index)) as temporary:
+                        image.save(temporary, format="PNG")
+
+    @torch.no_grad()
+    def _sample(self, pipe: Any, numbers: Sequence[int]) -> list[Any]:
+        sampler, side = self.prior.sampler, self.recipe.data.resolution
+        drawn = pipe(
+            prompt=[self.prompt] * len(numbers),
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance,
+            height=side,
+            width=side,
+            generator=[generator(self.recipe.seed, "class image", self.prompt, index) for index in numbers],
+        )
+        return list(drawn.images)
+
+    def _pipeline(self) -> Any:
+        pipe: Any = self.family.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _write_manifest(self, folder: Path, paths: Sequence[Path]) -> None:
+        manifest = {
+            "settings": self.settings,
+            "files": _hashes(folder) | {path.name: files.sha256(path) for path in paths},
+        }
+        if not (folder / MANIFEST).is_file() or _hashes(folder) != manifest["files"]:
+            files.write_json(folder / MANIFEST, manifest)
+
+
+def _name(index: int) -> str:
+    return f"{index:05}.png"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """What the manifest says of the files; nothing where there is none or it is damaged."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return hashes if isinstance(hashes, dict) else {}
+
+
+def _whole(path: Path, sha256: str | None) -> bool:
+    """Whether a file is there and is what was written; what the manifest does not list must decode."""
+    if not path.is_file():
+        return False
+    try:
+        return files.sha256(path) == sha256 if sha256 else bool(decoding.inspect(path))
+    except UserError:
+        return False
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what interrupted writers left, but not what another run may be writing at this moment."""
+    for leftover in folder.glob(f"{files.PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > STALE:
+                leftover.unlink()

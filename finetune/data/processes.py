@@ -1,0 +1,35 @@
+"""The little that data needs to know of the other processes of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Processes(Protocol):
+    """The processes of a run, as seen by one of them."""
+
+    @property
+    def rank(self) -> int:
+        """Which one this is, from 0."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many there are."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A run of one process."""
+
+    rank: int = 0
+    world: int = 1
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""

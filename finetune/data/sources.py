@@ -1,0 +1,247 @@
+"""Folders of pictures to lists of checked pictures: everything that is wrong is said at once, before training.
+
+No torch here, so that ``finetune plan`` stays quick.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.config.schema import ConceptConfig, DataConfig
+from finetune.data import captions, decoding, embedded
+from finetune.data.decoding import Facts
+from finetune.errors import UserError, nearest
+
+ALPHA = "alpha"
+MOST_PROBLEMS = 40  # lines of one error message
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A checked picture with its captions.
+
+    Attributes:
+        id: names its randomness and stands in errors: concept and path, such as "0/dog.jpg". The same wherever the
+            folder lies.
+        path: of the file.
+        captions: one or several, of which a draw takes one.
+        facts: what the file holds.
+        mask: picture file whose white counts, or "alpha" for the picture's own transparency.
+        weight: how much it counts in the loss.
+        prior: it shows the class and not the subject.
+    """
+
+    id: str
+    path: Path
+    captions: tuple[str, ...]
+    facts: Facts
+    mask: Path | str | None = None
+    weight: float = 1.0
+    prior: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """Pictures that belong together.
+
+    Attributes:
+        config: its part of the recipe, with the embedded world's names resolved to folders and prompts.
+        pictures: in the order of their names.
+        notes: what a person should know but need not mend.
+    """
+
+    config: ConceptConfig
+    pictures: tuple[Picture, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def draws(self) -> int:
+        """Draws in an epoch."""
+        return len(self.pictures) * self.config.repeats
+
+    @property
+    def bytes(self) -> int:
+        """Size of the picture files."""
+        return sum(picture.facts.bytes for picture in self.pictures)
+
+
+def scan(data: DataConfig) -> list[Concept]:
+    """Find and decode every picture of a recipe with its captions and mask.
+
+    Raises:
+        UserError: naming everything that is wrong, in all concepts: missing and empty folders, files that are no
+            pictures or cut short, captions that are missing or not UTF-8, bad lines of metadata, missing masks.
+    """
+    problems: list[str] = []
+    concepts = []
+    for index, config in enumerate(data.concepts):
+        where = f"data.concepts[{index}]"
+        try:
+            concepts.append(_scan(resolve(config, Path(data.cache.folder)), index, where, problems))
+        except UserError as error:
+            problems.append(str(error))
+    refuse(problems)
+    return concepts
+
+
+def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
+    """``config`` with ``tinyworld:subject/N`` drawn below ``cache`` and its folder, masks and prompts filled in."""
+    if not config.folder.startswith(embedded.SCHEME):
+        return config
+    return embedded.resolve(config, cache)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one ``UserError`` that lists ``problems``, where there are any."""
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        more = [f"... and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        lines = "".join(f"\n  {line}" for line in [*problems[:MOST_PROBLEMS], *more])
+        raise UserError(f"{len(problems)} things are wrong with the pictures:{lines}")
+
+
+def picture_files(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
+    """The pictures of a folder in the order of their names, and its other files and folders.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{where}: {folder} {found}; expected a folder of pictures{_nearest_folder(folder)}")
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = [path for path in paths if path.is_file() and decoding.is_picture(path)]
+    return pictures, [path for path in paths if path not in set(pictures)]
+
+
+def _nearest_folder(folder: Path) -> str:
+    """A hint at the first part of a missing path that does not exist."""
+    for path in (folder, *folder.parents):
+        if path.parent.is_dir():
+            here = [entry.name for entry in path.parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+            return f"; there is no {path.name!r} in {path.parent}{nearest(path.name, here[:20])}"
+    return ""
+
+
+def _scan(config: ConceptConfig, index: int, where: str, problems: list[str]) -> Concept:
+    folder = Path(config.folder)
+    files, others = picture_files(folder, f"{where}.folder")
+    rows = _metadata(folder, config, where, problems)
+    files = sorted({*files, *(folder / name for name in rows if (folder / name).is_file())})
+    if not files:
+        raise UserError(f"{where}.folder: {folder} holds no pictures ({', '.join(sorted(decoding.SUFFIXES))})")
+    missing = [name for name in rows if not (folder / name).is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    for name in missing:
+        line = f"{folder / captions.METADATA}:{rows[name].line}"
+        problems.append(f"{line}: there is no {name} in the folder{nearest(name, names[:20])}")
+    pictures = []
+    for path, name in zip(files, names, strict=True):
+        try:
+            facts = decoding.inspect(path)
+            texts = _captions(path, rows.get(name), config)
+            mask = _mask(path, facts, config, where)
+            pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight))
+        except UserError as error:
+            problems.append(str(error))
+    return Concept(config, tuple(pictures), tuple(_notes(config, pictures, others)))
+
+
+def _metadata(folder: Path, config: ConceptConfig, where: str, problems: list[str]) -> dict[str, captions.Row]:
+    if config.captions not in ("auto", "metadata"):
+        return {}
+    path = folder / captions.METADATA
+    if not path.is_file():
+        if config.captions == "metadata":
+            raise UserError(f"{where}.captions: there is no {path}")
+        return {}
+    rows, wrong = captions.read_metadata(path)
+    problems.extend(wrong)
+    return rows
+
+
+def _captions(path: Path, row: captions.Row | None, config: ConceptConfig) -> tuple[str, ...]:
+    texts: tuple[str, ...] = ()
+    if config.captions in ("auto", "metadata") and row:
+        texts = row.captions
+    if not texts and config.captions in ("auto", "sidecar"):
+        texts = captions.read_sidecar(path)
+    if not texts and config.prompt is not None:
+        texts = (config.prompt,)
+    if not texts:
+        raise UserError(f"{path}: has no caption: write {path.stem}.txt beside it, or set prompt for those without")
+    return texts
+
+
+def _mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Path | str | None:
+    if config.masks is None:
+        return None
+    if config.masks == ALPHA:
+        if not facts.transparent:
+            raise UserError(f"{path}: has no transparency to take as its mask ({where}.masks: alpha)")
+        mask, image = None, decoding.alpha(decoding.decode(decoding.read(path), path))
+    else:
+        mask = _mask_file(path, Path(config.masks), where)
+        image = decoding.grey(decoding.decode(decoding.read(mask), mask))
+    if image.size != (facts.width, facts.height):
+        raise UserError(
+            f"{mask}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
+        )
+    if image.getbbox() is None:
+        raise UserError(f"{mask or path}: its mask is empty (black everywhere), so nothing of the picture would count")
+    return mask or ALPHA
+
+
+def _mask_file(path: Path, folder: Path, where: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{where}.masks: {folder} does not exist{_nearest_folder(folder)}")
+    found = [file for file in sorted(folder.glob(f"{_escaped(path.stem)}.*")) if decoding.is_picture(file)]
+    if not found:
+        names = [file.stem for file in folder.iterdir() if decoding.is_picture(file)]
+        raise UserError(f"{path}: has no mask in {folder}; expected {path.stem}.png{nearest(path.stem, names[:20])}")
+    return found[0]
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _notes(config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[Path]) -> list[str]:
+    """What a person should know, one line each."""
+    notes = []
+    stems = {picture.path.stem for picture in pictures}
+    known = {captions.METADATA, Path(config.masks or "").name}
+    ignored = [
+        path.name
+        for path in others
+        if path.name not in known and not (path.suffix in captions.SIDECARS and path.stem in stems)
+    ]
+    if ignored:
+        notes.append(f"{config.folder}: {_count(len(ignored), 'entry', 'entries')} ignored: {_some(ignored)}")
+    if config.trigger:
+        word = re.compile(rf"(?<!\w){re.escape(config.trigger)}(?!\w)", re.IGNORECASE)
+        without = [p.path.name for p in pictures if not all(word.search(text) for text in p.captions)]
+        if without:
+            held = _count(len(without), "caption lacks", "captions lack")
+            notes.append(f"{config.folder}: {held} the trigger {config.trigger!r}: {_some(without)}")
+    moving = [picture.path.name for picture in pictures if picture.facts.frames > 1]
+    if moving:
+        notes.append(f"{config.folder}: only the first frame is used of {_some(moving)}")
+    twice = [sha for sha, count in Counter(picture.facts.sha256 for picture in pictures).items() if count > 1]
+    for sha in twice:
+        same = [picture.path.name for picture in pictures if picture.facts.sha256 == sha]
+        notes.append(f"{config.folder}: the same picture {len(same)} times: {_some(same)}")
+    return notes
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
