@@ -1,0 +1,116 @@
+"""Rebuild the shipped base and judge from nothing: pictures, autoencoder, small CLIP, judge, latents, denoiser, export.
+
+Every stage is deterministic on one machine, writes its result to the work folder and is passed over when that exists;
+an interrupted stage goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+SEED = 0
+LIMIT = 16_000_000
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Steps of each stage; the defaults are those of the shipped files. ``workers`` are single-threaded processes."""
+
+    vae: int = 4000
+    clip: int = 900
+    judge: int = 2000
+    unet: int = 6500
+    workers: int = 2
+
+    def scaled(self, scale: float) -> Budget:
+        """Every stage ``scale`` times as long."""
+        vae, clip, judge, unet = (max(1, round(s * scale)) for s in (self.vae, self.clip, self.judge, self.unet))
+        return Budget(vae, clip, judge, unet, self.workers)
+
+
+def stages(work: Path, budget: Budget) -> dict[str, Callable[[], None]]:
+    """What there is to do, in order."""
+    from finetune.tinyworld.training import clip, data, judge, latents, unet, vae
+    from finetune.tinyworld.training.fit import in_workers
+
+    def pictures() -> None:
+        data.training_scenes(work / "data")
+        data.training_individuals(work / "data")
+
+    return {
+        "data": pictures,
+        "vae": lambda: in_workers(vae.train, budget.workers, work / "vae", budget.vae, 32, SEED),
+        "clip": lambda: in_workers(clip.train, 1, work / "clip", budget.clip, 96, SEED),
+        "judge": lambda: in_workers(judge.train, 1, work / "judge", budget.judge, 128, SEED),
+        "latents": lambda: latents.encode(work / "latents", work / "vae" / "model"),
+        "unet": lambda: in_workers(unet.train, budget.workers, work / "unet", budget.unet, 32, SEED),
+    }
+
+
+def build(work: Path, out: Path, budget: Budget, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Train what is not trained yet in ``work`` and write ``out/base``, ``out/clip`` and ``out/judge``.
+
+    Returns:
+        Minutes that each stage took, over all interrupted runs (``work/minutes.json`` keeps them).
+    """
+    record = work / "minutes.json"
+    work.mkdir(parents=True, exist_ok=True)
+    minutes: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
+    for name, stage in stages(work, budget).items():
+        if (work / name / "model").exists() or (work / name / "latents.safetensors").exists():
+            say(f"{name}: there already")
+            continue
+        begun = time.monotonic()
+        stage()
+        minutes[name] = round(minutes.get(name, 0) + (time.monotonic() - begun) / 60, 1)
+        record.write_text(json.dumps(minutes, indent=1) + "\n")
+        say(f"{name}: {minutes[name]} minutes")
+    export(work, out)
+    return minutes
+
+
+def export(work: Path, out: Path) -> int:
+    """Write the folders that are shipped, and return their size in bytes.
+
+    Raises:
+        GuardError: when they are larger than ``LIMIT`` together.
+    """
+    from finetune.errors import GuardError
+    from finetune.tinyworld.training import export as writing
+
+    writing.save(writing.pipeline(work), out / "base")
+    writing.save_towers(work / "clip" / "model", out / "clip")
+    (out / "judge").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(work / "judge" / "model" / "judge.safetensors", out / "judge" / "judge.safetensors")
+    size = shipped_bytes(out)
+    if size >= LIMIT:
+        raise GuardError(f"{out}: the shipped files hold {size:,} bytes together; expected less than {LIMIT:,}")
+    return size
+
+
+def shipped_bytes(out: Path = HERE) -> int:
+    """Bytes of everything shipped."""
+    folders = (out / name for name in ("base", "clip", "judge"))
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def machine() -> str:
+    """Where this runs, in a line: processor, system and library versions."""
+    import diffusers
+    import torch
+    import transformers
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
+    return f"{model}, Python {platform.python_version()}, {versions}"

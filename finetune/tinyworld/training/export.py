@@ -1,0 +1,90 @@
+"""From the stages' results to the folders that are shipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from finetune.tinyworld.tokenizer import build as build_tokenizer
+from finetune.tinyworld.training import latents
+from finetune.tinyworld.training.unet import build_scheduler
+
+WEIGHTS = ("unet", "vae", "text_encoder")
+
+
+def pipeline(work: Path, unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    """The base as trained so far, its weights rounded to float16 and computed in float32."""
+    vae: Any = AutoencoderKL.from_pretrained(work / "vae" / "model")
+    vae.register_to_config(scaling_factor=latents.load(work / "latents")[2])
+    text: Any = CLIPTextModel.from_pretrained(work / "clip" / "model" / "text_encoder")
+    denoiser: Any = unet if unet is not None else UNet2DConditionModel.from_pretrained(work / "unet" / "model")
+    parts = [latents.rounded(part).eval().requires_grad_(False) for part in (vae, text, denoiser)]
+    return StableDiffusionPipeline(
+        vae=parts[0],
+        text_encoder=parts[1],
+        tokenizer=build_tokenizer(),
+        unet=parts[2],
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save(base: StableDiffusionPipeline, folder: Path) -> None:
+    """Write an ordinary pipeline folder whose weights are stored in float16."""
+    base.save_pretrained(folder)
+    for part in WEIGHTS:
+        for path in (folder / part).glob("*.safetensors"):
+            stored = load_file(path)
+            halves = {key: value.half() if value.is_floating_point() else value for key, value in stored.items()}
+            save_file(halves, path, metadata={"format": "pt"})
+            path.chmod(0o644)
+    config = folder / "text_encoder" / "config.json"
+    entries = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def load(folder: Path | None = None) -> StableDiffusionPipeline:
+    """A shipped base (the package's own by default), float32 on the CPU."""
+    from finetune.tinyworld import BASE
+
+    loaded: Any = StableDiffusionPipeline.from_pretrained(folder or BASE, safety_checker=None)
+    return loaded
+
+
+def sample(
+    base: StableDiffusionPipeline,
+    prompts: list[str],
+    *,
+    seed: int = 0,
+    steps: int = 24,
+    guidance: float = 4.0,
+    batch: int = 32,
+) -> torch.Tensor:
+    """Pictures float (N, 3, 64, 64) in [0, 1]; picture i depends on its prompt, ``seed`` and i alone."""
+    base.set_progress_bar_config(disable=True)
+    done = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        noise = [torch.Generator().manual_seed(seed * 100_003 + start + at) for at in range(len(some))]
+        with torch.no_grad():
+            made: Any = base(
+                some, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt"
+            )
+        done.append(made.images)
+    return torch.cat(done)
+
+
+def save_towers(trained: Path, folder: Path) -> None:
+    """Write what the small CLIP has beside the text encoder: image tower and projections, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    towers = {key: value.half() for key, value in load_file(trained / "towers.safetensors").items()}
+    save_file(towers, folder / "towers.safetensors")
+    (folder / "towers.json").write_text((trained / "towers.json").read_text())
