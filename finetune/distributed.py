@@ -1,0 +1,323 @@
+"""Processes and devices: the one file that knows accelerate's insides.
+
+Everything else asks a ``Processes`` (who am I, do all agree, run this once) or an ``Engine`` (forward, backward, step).
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from finetune.config.schema import TrainConfig
+from finetune.errors import GuardError, Stopped, UserError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes of one run, seen from one of them.
+
+    Attributes:
+        rank: this process's number among all; 0 is the main one, which writes files.
+        world: how many there are.
+        local_rank: this process's number on its machine.
+        local_world: how many share this machine.
+        device: where this process computes.
+        threads: CPU threads of this process.
+    """
+
+    def __init__(self, accelerator: Accelerator, threads: int) -> None:
+        self._accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world: int = accelerator.num_processes
+        self.local_rank: int = accelerator.local_process_index
+        self.local_world = _local_world()
+        self.device: torch.device = accelerator.device
+        self.threads = threads
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and speaks."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """What this run really is, in a line: ``2 processes (DDP, gloo), cpu, 1 thread each, float32``."""
+        state = self._accelerator.state
+        engine = f" (DDP, {state.backend})" if self.world > 1 else ""
+        precision = {"no": "float32"}.get(self._accelerator.mixed_precision, self._accelerator.mixed_precision)
+        each = _count(self.threads, "thread") + (" each" if self.world > 1 else "")
+        return f"{_count(self.world, 'process')}{engine}, {self._device_name()}, {each}, {precision}"
+
+    def say(self, text: str) -> None:
+        """Print ``text`` once, from the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every process's ``values`` [...], stacked by rank, [world, ...]. All must call, with one shape."""
+        if self.world == 1:
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.stack(parts)
+
+    def gather_object(self, value: T) -> list[T]:
+        """Every process's ``value``, by rank. All must call."""
+        if self.world == 1:
+            return [value]
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, value)
+        return parts
+
+    def broadcast(self, value: T) -> T:
+        """The main process's ``value``. All must call; the others' argument is ignored."""
+        if self.world == 1:
+            return value
+        parts: list[Any] = [value if self.is_main else None]
+        torch.distributed.broadcast_object_list(parts, src=0)
+        return parts[0]
+
+    def all(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on every process."""
+        return all(self.gather_object(flag))
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on some process."""
+        return any(self.gather_object(flag))
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the main process alone and give its result to all.
+
+        What it raises is raised on all of them, so that none waits for one that has failed.
+        """
+        if self.world == 1:
+            return function()
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (function(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, failure = self.broadcast(outcome if self.is_main and outcome[1] is None else _portable(outcome))
+        if failure is not None:
+            raise failure
+        return result
+
+    def engine(self, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
+        """Make ``trainee`` and its optimizer work across the processes. Once per run."""
+        return Engine(self._accelerator, trainee, optimizer)
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+
+class Engine:
+    """One module and its optimizer, wrapped: what happens between a batch and moved weights."""
+
+    def __init__(self, accelerator: Accelerator, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._accelerator = accelerator
+        self._plain = optimizer
+        self._trainee, self._optimizer = accelerator.prepare(trainee, optimizer)
+
+    @property
+    def boundary(self) -> bool:
+        """True in the micro-step that ends an accumulation."""
+        return self._accelerator.sync_gradients
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around one micro-step: gradients are exchanged between processes only where an accumulation ends."""
+        with self._accelerator.accumulate(self._trainee):
+            yield
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the wrapped module, under mixed precision where that was asked for."""
+        return self._trainee(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add ``loss``'s gradients, divided by the number of micro-steps that accumulate."""
+        self._accelerator.backward(loss)
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale gradients down to ``max_norm`` where they are longer, and return their norm before, a scalar."""
+        return torch.as_tensor(self._accelerator.clip_grad_norm_(parameters, max_norm))
+
+    def step(self) -> bool:
+        """Move the weights and forget the gradients. False where float16 overflowed and the weights stayed."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return not self._accelerator.optimizer_step_was_skipped
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, unwrapped."""
+        return self._plain
+
+    @property
+    def scales_loss(self) -> bool:
+        """True under float16, where gradients may overflow and the scale then shrinks."""
+        return self._accelerator.scaler is not None
+
+    def scaler_state(self) -> dict[str, float]:
+        """Numbers of the float16 loss scaler; empty without one."""
+        return dict(self._accelerator.scaler.state_dict()) if self.scales_loss else {}
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        """Put ``scaler_state`` back."""
+        if self.scales_loss and state:
+            self._accelerator.scaler.load_state_dict(state)
+
+
+def start(train: TrainConfig | None = None) -> Processes:
+    """Join this run's processes, choose a device and a number of threads, and say what came of it.
+
+    Raises:
+        UserError: what was asked for is not what can be had: fewer processes than the launcher was told, float16
+            without a GPU.
+    """
+    train = train or TrainConfig()
+    threads = set_threads(train.threads)
+    on_cpu = train.device == "cpu" or not torch.cuda.is_available()
+    if train.mixed_precision == "fp16" and on_cpu:
+        raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
+    _forget_earlier_runs()
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
+        timeout = datetime.timedelta(hours=2)  # others wait while the main process draws class images
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+    accelerator = Accelerator(
+        cpu=train.device == "cpu",
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        kwargs_handlers=handlers,
+    )
+    torch.set_num_threads(threads)  # accelerate sets its own number while it starts
+    processes = Processes(accelerator, threads)
+    atexit.register(_leave)
+    _require_what_was_asked(processes)
+    processes.say(processes.describe())
+    return processes
+
+
+def set_threads(asked: int | None) -> int:
+    """Set and return the CPU threads of this process.
+
+    What ``asked`` says; else OMP_NUM_THREADS where a person set it (launchers set it to 1 on their own account, which
+    is not listened to); else the cores this process may use, divided among the processes of this machine.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if asked is not None:
+        threads = asked
+        if said.isdigit() and int(said) != asked and not _launched():
+            print(f"train.threads is {asked}, OMP_NUM_THREADS {said}: using {asked}", flush=True)
+    elif said.isdigit() and int(said) > 0 and not _launched():
+        threads = int(said)
+    else:
+        threads = max(1, usable_cores() // _local_world())
+    torch.set_num_threads(threads)
+    return threads
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _local_world() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _forget_earlier_runs() -> None:
+    """Accelerate keeps its settings for the life of the process; a second run in one process has its own."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    if not torch.distributed.is_initialized():
+        PartialState._reset_state()
+
+
+def _leave() -> None:
+    """Close the connections in order: gloo aborts a process that ends with open ones."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _require_what_was_asked(processes: Processes) -> None:
+    asked = _asked_processes()
+    if asked is not None and asked != processes.world:
+        raise UserError(
+            f"{_count(asked, 'process')} asked for, but only {processes.world} started; "
+            "on CPU use `accelerate launch --config_file launch/accelerate/cpu-2.yaml` or `torchrun --nproc_per_node N`"
+        )
+
+
+def _asked_processes() -> int | None:
+    """What the launcher was told.
+
+    ``accelerate launch --cpu --num_processes 2`` starts one and says nothing: its command line is the only witness.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if not _launched():
+        return None
+    words = _command_line(os.getppid())
+    number = _after([word.replace("-", "_") for word in words], "__num_processes") or ""
+    return int(number) if number.isdigit() else _of_config_file(_after(words, "--config_file"))
+
+
+def _command_line(process: int) -> list[str]:
+    """Options and values of a process, apart; empty where the system does not show them."""
+    try:
+        return _split(Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8").split("\0"))
+    except OSError:
+        return []
+
+
+def _split(command: Sequence[str]) -> list[str]:
+    return [part for word in command for part in (word.split("=", 1) if word.startswith("--") else [word])]
+
+
+def _after(words: Sequence[str], option: str) -> str | None:
+    return next((value for word, value in pairwise(words) if word == option), None)
+
+
+def _of_config_file(path: str | None) -> int | None:
+    try:
+        number = (yaml.safe_load(Path(path or "").read_text(encoding="utf-8")) or {}).get("num_processes")
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None
+    return number if isinstance(number, int) else None
+
+
+def _portable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
+    """An error that can travel: one of ours as it is, any other as its words."""
+    result, failure = outcome
+    if failure is None or isinstance(failure, UserError | GuardError | Stopped):
+        return outcome
+    return result, RuntimeError(f"the main process failed: {type(failure).__name__}: {failure}")
+
+
+def _count(number: int, what: str) -> str:
+    plural = what + ("es" if what.endswith("s") else "s")
+    return f"{number} {what if number == 1 else plural}"

@@ -1,0 +1,108 @@
+"""Pictures from a family's networks as they are: previews, grids, class images and ``finetune sample`` draw alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from finetune.config.schema import SamplerConfig
+from finetune.distributed import Processes
+from finetune.errors import UserError, nearest
+from finetune.family import ModelFamily
+from finetune.randomness import generator
+
+
+def draw(
+    family: ModelFamily,
+    prompts: Sequence[str],
+    per_prompt: int,
+    sampler: SamplerConfig,
+    seed: int,
+    processes: Processes | None = None,
+    resolution: int | None = None,
+) -> list[Image.Image]:
+    """Draw ``per_prompt`` pictures of each prompt, in that order, on every process.
+
+    A picture depends on the weights, the settings, its prompt, ``seed``, the prompt's place and its own number, and
+    on nothing else: pictures are drawn one by one, so that neither their number nor the processes they are divided
+    among changes a bit. Weights, modes, the global random state and which networks are in memory are afterwards as
+    they were.
+
+    Args:
+        resolution: side in pixels; the model's own where it is not set.
+
+    Raises:
+        UserError: ``sampler.scheduler`` is no scheduler of diffusers that fits the model.
+    """
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    wanted = [(prompt, number, copy) for number, prompt in enumerate(prompts) for copy in range(per_prompt)]
+    with inference(family) as pipeline:
+        if sampler.scheduler:
+            pipeline.scheduler = change_scheduler(pipeline.scheduler, sampler.scheduler)
+        mine = {
+            index: one(pipeline, prompt, sampler, generator(seed, "sample", number, copy), resolution)
+            for index, (prompt, number, copy) in enumerate(wanted)
+            if index % world == rank
+        }
+    parts = processes.gather_object(mine) if processes else [mine]
+    drawn = {index: picture for part in parts for index, picture in part.items()}
+    return [drawn[index] for index in range(len(wanted))]
+
+
+def one(
+    pipeline: Any, prompt: str, sampler: SamplerConfig, rng: torch.Generator, resolution: int | None = None
+) -> Image.Image:
+    """One picture, drawn by diffusers' own pipeline."""
+    picture: Image.Image = pipeline(
+        prompt,
+        num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance,
+        generator=rng,
+        height=resolution,
+        width=resolution,
+    ).images[0]
+    return picture
+
+
+@contextmanager
+def inference(family: ModelFamily) -> Iterator[Any]:
+    """A quiet pipeline of ``family``: no gradients, no dropout; all of it as before when it closes."""
+    before = set(family.networks)
+    modes = {module: module.training for module in family.networks.modules()}
+    pipeline: Any = family.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler = pipeline.scheduler
+    family.networks.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield pipeline
+    finally:
+        pipeline.scheduler = scheduler
+        _restore(family, modes, before)
+
+
+def change_scheduler(scheduler: Any, name: str) -> Any:
+    """A scheduler of diffusers' class ``name`` with the settings of ``scheduler``.
+
+    ``from_config`` drops settings that stood at the old class's default, and the new class may have another:
+    ``clip_sample`` would come back on and ruin latents. So settings are all passed by name, and clipping is off.
+
+    Raises:
+        UserError: there is no such class, or it does not fit.
+    """
+    known = {kind.__name__: kind for kind in scheduler.compatibles}
+    if name not in known:
+        raise UserError(f"scheduler: {name!r} does not fit this model{nearest(name, known)}")
+    settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return known[name].from_config(settings | {"clip_sample": False, "thresholding": False})
+
+
+def _restore(family: ModelFamily, modes: dict[nn.Module, bool], before: set[str]) -> None:
+    for module, training in modes.items():
+        module.training = training
+    family.release(*(set(family.networks) - before))

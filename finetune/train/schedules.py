@@ -1,0 +1,39 @@
+"""The learning rate as a pure function of the optimizer step: nothing to save, nothing that counts processes."""
+
+from __future__ import annotations
+
+import math
+
+from finetune.config.schema import ScheduleConfig
+
+
+def rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
+    """The share of the learning rate that the update number ``step`` uses.
+
+    Warm-up rises linearly and reaches 1 with its last update, so that the first update already moves something. The
+    rest falls from 1 towards ``schedule.final``.
+
+    Args:
+        step: updates done before this one, 0 to ``steps`` - 1.
+        steps: updates of the whole run.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    progress = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))
+    return schedule.final + (1.0 - schedule.final) * _shape(schedule, progress)
+
+
+def _shape(schedule: ScheduleConfig, progress: float) -> float:
+    """From 1 at ``progress`` 0 to 0 at 1."""
+    match schedule.name:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - progress
+        case "polynomial":
+            return (1.0 - progress) ** schedule.power
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "cosine_with_restarts":
+            within = schedule.cycles * progress % 1.0 if progress < 1.0 else 1.0
+            return 0.5 * (1.0 + math.cos(math.pi * within))

@@ -1,0 +1,299 @@
+"""The update cycle: accumulate, check, clip, step, average, log, save, resume; on one process or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapter import Adapter, Weights
+from finetune.batch import Batch
+from finetune.config.schema import Recipe
+from finetune.distributed import Processes
+from finetune.errors import GuardError, Stopped, UserError
+from finetune.randomness import derive
+from finetune.train import checkpoint, optimizers, schedules
+from finetune.train.checkpoint import Snapshot
+from finetune.train.ema import Ema
+from finetune.train.guards import GradientWatch, require_finite_losses, require_finite_norm, require_one_home
+from finetune.train.log import Log, peak_memory
+from finetune.train.run import RunFolder, fingerprint, versions
+from finetune.train.signals import Signals
+
+_PATIENCE = 50  # float16 updates in a row whose gradients may overflow while the loss scale comes down
+
+
+class Losses(Protocol):
+    """A ``NamedTuple`` of scalars: ``total`` is made small, the other fields are logged."""
+
+    @property
+    def total(self) -> Tensor:
+        """What is differentiated."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+class Batches(Protocol):
+    """Endless batches of one process, which can be begun at any step."""
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """Batches from optimizer step ``step`` on, ``gradient_accumulation_steps`` of them a step."""
+        ...
+
+
+class Trainee(nn.Module):
+    """The single module that is wrapped for several processes.
+
+    DDP, FSDP and ZeRO work by intercepting one module's ``forward``. So all weights that receive gradients live in
+    this module, and the whole loss is computed inside its ``forward``.
+    """
+
+    def __init__(self, networks: nn.ModuleDict, loss: Callable[[Batch], Tensor | Losses]) -> None:
+        super().__init__()
+        trained = {name: part for name, part in networks.items() if any(p.requires_grad for p in part.parameters())}
+        self.networks = nn.ModuleDict(trained)
+        self._loss = loss
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss under "total" and its parts under their names, float32 scalars."""
+        loss = self._loss(batch)
+        parts = {"total": loss} if isinstance(loss, Tensor) else loss._asdict()
+        return {name: value.float() for name, value in parts.items()}
+
+
+class Trainer:
+    """Owns what every recipe would otherwise copy; the recipe keeps the loss and the order of events.
+
+        trainer = Trainer(recipe, processes, family.networks, adapter, loss)
+        for batch in trainer.steps(batches):
+            trainer.update(batch)
+        weights = trainer.finish()
+
+    Args:
+        recipe: ``output``, ``seed``, ``train`` and ``checkpoint`` are read.
+        networks: a family's; moved to the device. Those that hold trained weights go to ``train()``.
+        adapter: what is trained.
+        loss: maps a batch to a scalar, or to a ``NamedTuple`` of scalars with a ``total``, through ``networks``.
+
+    Raises:
+        GuardError: a trained parameter is not in the optimizer exactly once, or there is none.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        networks: nn.ModuleDict,
+        adapter: Adapter,
+        loss: Callable[[Batch], Tensor | Losses],
+    ) -> None:
+        self.recipe, self.processes, self.adapter = recipe, processes, adapter
+        self.folder = RunFolder(Path(recipe.output))
+        self.step = 0
+        networks.to(processes.device)
+        self._groups = adapter.groups()
+        self._parameters = {name: value for group in self._groups for name, value in group.parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.float()  # half-precision weights would lose small updates
+        train = recipe.train
+        optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.learning_rate)
+        require_one_home(networks, self._groups, optimizer)
+        self._trainee = Trainee(networks, loss).train()
+        self._engine = processes.engine(self._trainee, optimizer)
+        self._ema = Ema(train.ema, self._parameters) if train.ema else None
+        self._watch = GradientWatch(self._parameters)
+        self._pictures: dict[str, str] = {}
+        self._log: Log | None = None
+        self._signals = Signals()
+        self._stopping: str | None = None
+        self._updated = False
+        self._skipped = 0
+        self._begin_step()
+
+    def steps(self, batches: Batches) -> Iterator[Batch]:
+        """Yield batches until ``train.steps`` updates are done; ``update`` must be called with each.
+
+        Continues from the newest valid checkpoint of the run's folder. Saves one where it is due, at the end and on a
+        signal, always after the loop's body.
+
+        Raises:
+            UserError: the checkpoint is of other pictures, another batch, or a longer run.
+            Stopped: a signal came; the checkpoint is written.
+        """
+        self._pictures = dict(getattr(batches, "hashes", {}))
+        self._resume()
+        total, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        if self.step == total:
+            self.processes.say(f"already trained: {self.folder.path} holds all {total} steps")
+            return
+        with Log(self.folder, self.processes, self.step, total) as self._log, self._signals:
+            self._begin_step()
+            for batch in batches.from_step(self.step):
+                with self._engine.accumulating():
+                    yield batch.to(self.processes.device)
+                if not self._updated:
+                    continue
+                if self._stopping or self.step == total or (every and self.step % every == 0):
+                    self._save()
+                if self.step == total:
+                    return
+                if self._stopping:
+                    raise Stopped(f"{self._stopping}: stopped after step {self.step}; start again to continue")
+                self._begin_step()
+
+    def update(self, batch: Batch) -> Tensor:
+        """Forward, backward, and where an accumulation ends an optimizer step. Returns the loss, detached.
+
+        Raises:
+            GuardError: a loss or gradient is not finite on some process, or one of the first two updates leaves a
+                parameter without gradient. The weights are as before the update.
+        """
+        self._updated = False
+        torch.manual_seed(derive(self.recipe.seed, "update", self.step, len(self._losses), self.processes.rank))
+        losses = self._engine.forward(batch)
+        self._losses.append({name: value.detach() for name, value in losses.items()})
+        self._ids.append(", ".join(batch.ids))
+        self._count += len(batch)
+        values = self._agree() if self._engine.boundary else {}
+        rates = self._set_rates()  # before backward: under DeepSpeed, backward itself takes the step
+        self._engine.backward(losses["total"])
+        if self._engine.boundary:
+            self._finish_step(values | rates)
+        return losses["total"].detach()
+
+    def every(self, steps: int | None) -> bool:
+        """True once, right after each ``steps``-th update; never for None."""
+        return steps is not None and self._updated and self.step % steps == 0
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the networks hold what would be exported: the moving average, where there is one."""
+        return self._ema.swapped() if self._ema else nullcontext()
+
+    def finish(self) -> Weights:
+        """The trained weights. From here on the networks hold just these, in ``eval()``. Every process must call it."""
+        if self._ema:
+            self._ema.keep()
+        self._trainee.eval()
+        self.processes.barrier()
+        return self.adapter.weights()
+
+    @property
+    def log(self) -> Log:
+        """Where the loop's body may add pictures and lines."""
+        if self._log is None:
+            raise RuntimeError("there is a log only inside the loop over steps()")
+        return self._log
+
+    def _begin_step(self) -> None:
+        self._losses: list[dict[str, Tensor]] = []
+        self._ids: list[str] = []
+        self._count = 0
+        self._began = time.perf_counter()
+
+    def _agree(self) -> dict[str, float]:
+        """Mean losses over micro-steps and processes, after making sure that all are finite; and whether to stop.
+
+        The one place where processes exchange numbers, and the one where the host waits for the forward pass.
+        """
+        names = list(self._losses[0])
+        rows = [torch.stack([losses[name] for name in names]) for losses in self._losses]
+        wish = torch.full_like(rows[0], float(self._signals.name is not None))
+        told = self.processes.gather(torch.stack([*rows, wish])).cpu()  # [world, micro-steps + 1, losses]
+        losses = told[:, :-1]
+        if not bool(torch.isfinite(losses).all()):
+            require_finite_losses(losses.sum(-1), self.processes.gather_object(self._ids), self.step + 1)
+        if bool(told[:, -1].any()):
+            self._stopping = self._signals.name or "a signal to another process"
+        means = losses.double().mean((0, 1)).tolist()
+        return {"loss" if name == "total" else f"loss_{name}": mean for name, mean in zip(names, means, strict=True)}
+
+    def _set_rates(self) -> dict[str, float]:
+        rate = schedules.rate(self.recipe.train.schedule, self.step, self.recipe.train.steps)
+        found = optimizers.set_rates(self._engine.optimizer, rate)
+        return {f"learning_rate_{name}": value for name, value in found.items()}
+
+    def _finish_step(self, values: dict[str, float]) -> None:
+        norm = float(self._engine.clip(list(self._parameters.values()), self.recipe.train.max_grad_norm))
+        if not self._engine.scales_loss:
+            require_finite_norm(norm, self.step + 1, self._ids)
+        self._watch.look()
+        self._skipped = 0 if self._engine.step() else self._skipped + 1
+        if self._skipped == _PATIENCE:
+            raise GuardError(f"{_PATIENCE} updates in a row overflowed float16 up to step {self.step + 1}; use bf16")
+        self.step += 1
+        self._updated = True
+        if self._ema:
+            self._ema.update(self.step)
+        seconds = time.perf_counter() - self._began
+        pace = self._count * self.processes.world / seconds
+        memory = peak_memory(self.processes.device)
+        measured = {"grad_norm": norm, "seconds": seconds, "samples_per_second": pace, "peak_memory": memory}
+        self.log.record(self.step, values | measured)
+
+    def _save(self) -> None:
+        snapshot = Snapshot(
+            step=self.step,
+            trained={name: value.detach() for name, value in self._parameters.items()},
+            average=self._ema.state() if self._ema else {},
+            optimizer=optimizers.state_by_name(self._engine.optimizer, self._groups),
+            facts={
+                "recipe": fingerprint(self.recipe),
+                "world": self.processes.world,
+                "samples_per_step": self._samples_per_step(),
+                "scaler": self._engine.scaler_state(),
+                "pictures": self._pictures,
+                "versions": versions(),
+            },
+        )
+        self.processes.on_main(lambda: checkpoint.save(self.folder.checkpoints, snapshot, self.recipe.checkpoint.keep))
+
+    def _resume(self) -> None:
+        if not self.recipe.checkpoint.resume:
+            return
+        path = self.processes.on_main(lambda: checkpoint.newest(self.folder.checkpoints))
+        if path is None:
+            return
+        saved = checkpoint.load(path)
+        self._require_fitting(saved)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(saved.trained[name])
+        optimizers.load_state_by_name(self._engine.optimizer, self._groups, saved.optimizer)
+        self._engine.load_scaler_state(saved.facts["scaler"])
+        if self._ema:
+            self._ema.load(saved.average)
+        self._watch.rest()
+        self.step = saved.step
+        self.processes.say(f"continuing from {path}")
+
+    def _require_fitting(self, saved: Snapshot) -> None:
+        total, facts, here = self.recipe.train.steps, saved.facts, self._samples_per_step()
+        if saved.step > total:
+            raise UserError(f"train.steps is {total}, but {self.folder.path} is already at step {saved.step}")
+        if facts["samples_per_step"] != here:
+            raise UserError(
+                f"{self.folder.path} was trained with {facts['samples_per_step']} pictures a step, here it would be "
+                f"{here}: processes x train.batch_size x train.gradient_accumulation_steps must stay the same"
+            )
+        if {name: value.shape for name, value in saved.trained.items()} != _shapes(self._parameters):
+            raise UserError(f"{self.folder.path} holds a run that trains other weights than this recipe")
+        then = facts["pictures"]
+        if changed := sorted(i for i in then.keys() | self._pictures.keys() if then.get(i) != self._pictures.get(i)):
+            raise UserError(
+                f"{len(changed)} pictures are not those that {self.folder.path} was trained on, the first is "
+                f"{changed[0]!r}; put them back, or choose another output folder"
+            )
+
+    def _samples_per_step(self) -> int:
+        train = self.recipe.train
+        return train.batch_size * train.gradient_accumulation_steps * self.processes.world
+
+
+def _shapes(tensors: dict[str, nn.Parameter]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
