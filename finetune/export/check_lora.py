@@ -1,0 +1,229 @@
+"""What ``verify`` asks of a LoRA file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from finetune.adapter import Weights
+from finetune.errors import GuardError
+from finetune.export import kohya, readers
+from finetune.export.checks import Report
+from finetune.export.layers import Layer, applied, check, check_learned, check_shape, layers
+from finetune.export.metadata import OWN
+from finetune.export.read import Identity, read_tensors
+from finetune.family import ModelFamily
+from finetune.randomness import generator
+
+ADAPTER = "verified"
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # rounding of a product of two factors
+
+
+def check_file(
+    report: Report, found: Identity, family: ModelFamily, against: Sequence[str], weights: Weights | None
+) -> None:
+    """Ask everything, the cheapest first; what needs the base model only where the file itself is sound."""
+    tensors = read_tensors(found.path)
+    names = family.export_names
+    report.run("finite", lambda: check(tensors), lambda _: f"{len(tensors)} tensors, none empty, NaN or infinite")
+    unpacked = report.run(
+        "keys", lambda: found.format.unpack(tensors, names), lambda read: f"all read: {len(read)} layers"
+    )
+    if unpacked is None or not report.passed:
+        return
+    report.run("learned", lambda: _learned(unpacked))
+    report.run("header", lambda: _header(found, tensors, unpacked))
+    expected = unpacked
+    if weights is not None:
+        expected = report.run("equal to memory", lambda: _same(found, tensors, family, weights), _count) or unpacked
+    if found.layout == "kohya":
+        report.run("alpha", lambda: _one_alpha(unpacked))
+        report.run("attention", lambda: _whole_attention(unpacked))
+    if not report.passed:
+        return
+    family.require("denoiser", "text_encoder")
+    networks = {name: family.networks[name] for name in names}
+    if report.run("shapes", lambda: _shapes(unpacked, networks)) is None:
+        return
+    for tool in against:
+        if tool in readers.TOOLS:
+            report.run(tool, lambda tool=tool: _mapped(tool, tensors, found, family, networks))  # type: ignore[misc]
+    if "diffusers" in against:
+        _check_diffusers(report, found, family, expected, TOLERANCE[next(iter(tensors.values())).dtype])
+
+
+def _learned(unpacked: Sequence[Layer]) -> str:
+    for layer in unpacked:
+        check_shape(layer)
+    check_learned(unpacked)
+    largest = max(unpacked, key=lambda layer: float(layer.up.abs().max()) * layer.scale)
+    return f"lora_B is not zero; the largest change is in {largest.name}"
+
+
+def _header(found: Identity, tensors: dict[str, Tensor], unpacked: Sequence[Layer]) -> str:
+    """What the header promises is there. Files of other tools promise nothing that is checked here."""
+    stated, alpha = found.metadata.get(f"{OWN}layers"), found.metadata.get("ss_network_alpha")
+    if stated is not None and int(stated) != len(unpacked):
+        raise GuardError(f"the header says {stated} layers, the file holds {len(unpacked)}")
+    if f"{OWN}layout" in found.metadata and alpha is not None:
+        missing = [key for key in tensors if key.endswith(kohya.DOWN) and _alpha_key(key) not in tensors]
+        if missing:
+            raise GuardError(f"{_alpha_key(missing[0])!r} and {len(missing) - 1} more alphas are missing")
+        wrong = [layer for layer in unpacked if not math.isclose(layer.alpha, float(alpha), rel_tol=1e-6)]
+        if wrong:
+            raise GuardError(f"{wrong[0].name} has alpha {wrong[0].alpha}, the header says {alpha}")
+    return f"base {found.base or 'not named'}, {stated or 'unstated'} layers"
+
+
+def _alpha_key(down: str) -> str:
+    return down.removesuffix(kohya.DOWN) + kohya.ALPHA
+
+
+def _same(found: Identity, tensors: dict[str, Tensor], family: ModelFamily, weights: Weights) -> list[Layer]:
+    """Every tensor of the file is, bit for bit, what these weights are written as. Returns the weights' layers."""
+    expected = layers(weights)
+    wanted = found.format.pack(expected, family.export_names, next(iter(tensors.values())).dtype)
+    if missing := wanted.keys() - tensors.keys():
+        raise GuardError(f"{len(missing)} tensors are missing, for example {min(missing)}")
+    if extra := tensors.keys() - wanted.keys():
+        raise GuardError(f"{len(extra)} tensors are not part of what was trained, for example {min(extra)}")
+    for key, tensor in wanted.items():
+        if not torch.equal(tensor, tensors[key]):
+            raise GuardError(f"{key} differs from what was trained")
+    return expected
+
+
+def _count(found: Sequence[Layer]) -> str:
+    return f"bit for bit, {len(found)} layers"
+
+
+def _one_alpha(unpacked: Sequence[Layer]) -> str:
+    alphas = sorted({layer.alpha for layer in unpacked})
+    if len(alphas) > 1:
+        raise GuardError(f"layers state different alphas ({alphas[0]} to {alphas[-1]}); diffusers would mix them up")
+    return f"{alphas[0]:g} in every layer"
+
+
+def _whole_attention(unpacked: Sequence[Layer]) -> str:
+    if missing := kohya.incomplete(unpacked):
+        raise GuardError(f"{min(missing)} is missing beside its siblings; readers that fuse them drop all four")
+    return "text encoder projections are complete"
+
+
+def _shapes(unpacked: Sequence[Layer], networks: dict[str, nn.Module]) -> str:
+    for layer in unpacked:
+        weight = dict(networks[layer.network].named_parameters()).get(f"{layer.module}.weight")
+        if weight is None:
+            raise GuardError(f"the base model has no layer {layer.name}")
+        if weight.shape != (layer.up.shape[0], *layer.down.shape[1:]):
+            change = [layer.up.shape[0], *layer.down.shape[1:]]
+            raise GuardError(f"{layer.name} changes a weight {change}, the base model's is {list(weight.shape)}")
+    return f"fit the base model's {len(unpacked)} layers"
+
+
+def _mapped(
+    tool: str, tensors: dict[str, Tensor], found: Identity, family: ModelFamily, networks: dict[str, nn.Module]
+) -> str:
+    if tool not in found.format.readers:
+        raise GuardError(f"reads no files of layout {found.layout}; give it the one of layout kohya")
+    known = readers.TOOLS[tool](networks, family.export_names)
+    stems = {key.partition(".")[0] for key in tensors}
+    if unmapped := sorted(stems - known.keys()):
+        raise GuardError(f"{len(unmapped)} of {len(stems)} layers have no place there, for example {unmapped[0]}")
+    runs = tool == "kohya" or readers.standard_geometry(networks["denoiser"])
+    note = "" if runs else " (by their names: it runs no model of these sizes)"
+    return f"{len(stems)} of {len(stems)} layers have a place{note}"
+
+
+@torch.no_grad()
+def _check_diffusers(
+    report: Report, found: Identity, family: ModelFamily, expected: Sequence[Layer], tolerance: float
+) -> None:
+    """Load the file by diffusers' own loader into a fresh pipeline, and compare with arithmetic of our own."""
+    networks = {name: family.networks[name] for name in family.export_names}
+    wanted = {}
+    for strength in (0.0, 0.5, 1.0):
+        with applied(networks, expected, strength):
+            wanted[strength] = _answer(family)
+    pipeline = family.pipeline()
+    diffusers_logging.set_verbosity_error()
+    loaded = report.run(
+        "diffusers: loads",
+        lambda: pipeline.load_lora_weights(str(found.path), adapter_name=ADAPTER) or True,
+        lambda _: f"{type(pipeline).__name__}.load_lora_weights",
+    )
+    if not loaded:
+        return
+    placed = {
+        f"{network}.{path}": module
+        for network, model in networks.items()
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+    }
+    if report.run("diffusers: every layer arrives", lambda: _arrived(expected, placed)) is None:
+        return
+    report.run("diffusers: merged weights", lambda: _merged(expected, placed, tolerance))
+    report.run("diffusers: output", lambda: _close(_answer(family), wanted[1.0], wanted[0.0], tolerance))
+    whole = {name: module.get_delta_weight(ADAPTER) for name, module in placed.items()}
+    pipeline.set_adapters([ADAPTER], [0.5])
+    report.run("diffusers: half strength", lambda: _halved(whole, placed))
+    report.run("diffusers: output at half", lambda: _close(_answer(family), wanted[0.5], wanted[0.0], tolerance))
+
+
+def _arrived(expected: Sequence[Layer], placed: dict[str, LoraLayer]) -> str:
+    wanted = {layer.name for layer in expected}
+    if missing := wanted - placed.keys():
+        raise GuardError(f"{len(missing)} of {len(wanted)} layers got nothing, for example {min(missing)}")
+    extra = [name for name in placed.keys() - wanted if bool(placed[name].lora_B[ADAPTER].weight.any())]
+    if extra:
+        raise GuardError(f"{len(extra)} layers got weights that are not the adapter's, for example {min(extra)}")
+    return f"{len(wanted)} of {len(wanted)}"
+
+
+def _merged(expected: Sequence[Layer], placed: dict[str, LoraLayer], tolerance: float) -> str:
+    worst = 0.0
+    for layer in expected:
+        delta, merged = layer.delta(), placed[layer.name].get_delta_weight(ADAPTER)
+        error = _difference(merged, delta)
+        if error > tolerance:
+            raise GuardError(f"the change of {layer.name} is off by {error:.1e} of its size")
+        worst = max(worst, error)
+    return f"largest difference {worst:.1e} of a layer's change"
+
+
+def _halved(whole: dict[str, Tensor], placed: dict[str, LoraLayer]) -> str:
+    for name, module in placed.items():
+        if not torch.equal(2 * module.get_delta_weight(ADAPTER), whole[name]):
+            raise GuardError(f"at strength 0.5 the change of {name} is not half of that at 1")
+    return f"exactly half the change in {len(placed)} layers"
+
+
+def _close(got: Tensor, wanted: Tensor, base: Tensor, tolerance: float) -> str:
+    """Whether two answers are equal, measured by how large they are, and differ from the base model's."""
+    error = _difference(got, wanted)
+    if error > 10 * tolerance:  # a network adds up what its layers round
+        raise GuardError(f"prompt encoding and denoiser answer are off by {error:.1e}")
+    if torch.equal(got, base):
+        raise GuardError("the adapter changes neither the prompt encoding nor the denoiser's answer")
+    return "equal bit for bit" if error == 0.0 else f"equal, largest difference {error:.1e}"
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    scale = float(wanted.abs().max())
+    return float((got - wanted).abs().max()) / (scale or 1.0)
+
+
+def _answer(family: ModelFamily) -> Tensor:
+    """An encoded prompt and the denoiser's answer to it, both flattened into one tensor."""
+    cells = 2 * family.pixel_multiple // family.latent_scale
+    channels = int(family.networks["denoiser"].get_parameter("conv_in.weight").shape[1])
+    noisy = torch.randn((1, channels, cells, cells), generator=generator(0, "verify"))
+    prompt = family.encode_prompt(["a photo of a dog"])
+    geometry = torch.tensor([[0, 0, 0, 0, 0, 0]])
+    answer = family.predict(noisy, torch.tensor([400]), prompt, geometry)
+    return torch.cat((prompt.tokens.flatten(), answer.flatten()))

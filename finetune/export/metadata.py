@@ -1,0 +1,133 @@
+"""What a LoRA file says about itself: readers' own fields, ModelSpec's, and where it came from.
+
+Nothing here depends on the time or on the folder of the run, so that equal runs write equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from finetune import __version__
+from finetune.config.schema import Recipe
+from finetune.export.layers import Layer
+from finetune.family import ModelFamily
+
+OWN = "finetune."
+_WIDTHS = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}  # of the prompt's tokens
+
+
+def describe(
+    layout: str, layers: Sequence[Layer], settings: dict[str, str], family: ModelFamily, recipe: Recipe
+) -> dict[str, str]:
+    """Header of a LoRA file, all strings.
+
+    ``finetune.*`` says how it was made and of how many layers; ``modelspec.*`` is ModelSpec 1.0.1
+    (https://github.com/Stability-AI/ModelSpec); ``ss_*`` are the fields that A1111 and kohya's tools read.
+    """
+    width = prompt_width(layers, family)
+    side = recipe.data.resolution
+    own = {
+        "version": __version__,
+        "kind": "lora",
+        "layout": layout,
+        "family": family.name,
+        "base": recipe.model.path,
+        "revision": recipe.model.revision or "",
+        "recipe": recipe.recipe,
+        "steps": str(recipe.train.steps),
+        "seed": str(recipe.seed),
+        "layers": str(len(layers)),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+    spec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{_WIDTHS.get(width, 'stable-diffusion-custom')}/lora",
+        "implementation": "diffusers",
+        "title": title(recipe),
+        "resolution": f"{side}x{side}",
+        "prediction_type": "v" if prediction(family) == "v_prediction" else prediction(family),
+        "trigger_phrase": ", ".join(triggers(recipe)),
+        "usage_hint": usage(recipe),
+    }
+    described = {f"{OWN}{key}": own[key] for key in own} | {f"modelspec.{key}": spec[key] for key in spec}
+    if layout == "kohya":
+        described |= _kohya(layers, width, family, recipe)
+    return {key: value for key, value in described.items() if value}
+
+
+def _kohya(layers: Sequence[Layer], width: int, family: ModelFamily, recipe: Recipe) -> dict[str, str]:
+    rank = Counter(layer.rank for layer in layers).most_common(1)[0][0]
+    alpha = str(layers[0].alpha)
+    convolves = any(layer.down.shape[2:] not in ((), (1, 1)) for layer in layers)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": alpha} if convolves else {}),
+        "ss_sd_model_name": recipe.model.path,
+        "ss_resolution": f"({recipe.data.resolution}, {recipe.data.resolution})",
+        "ss_seed": str(recipe.seed),
+        "ss_steps": str(recipe.train.steps),
+        "ss_v2": str(width == 1024),
+        "ss_base_model_version": base_version(width, prediction(family)),
+    }
+
+
+def side_file(recipe: Recipe, width: int) -> dict[str, Any]:
+    """What A1111 and Forge show beside a LoRA; they insert ``activation text`` into the prompt with it."""
+    return {
+        "description": title(recipe),
+        "sd version": {768: "SD1", 1024: "SD2"}.get(width, "Other"),
+        "activation text": ", ".join(triggers(recipe)),
+        "preferred weight": 1.0,
+        "negative text": "",
+        "notes": usage(recipe),
+    }
+
+
+def triggers(recipe: Recipe) -> list[str]:
+    """Words that call what was learned: ``trigger`` with what ``class_prompt`` calls it, "zib star", where it is the
+    end of the prompt, else the trigger alone.
+    """
+    found = []
+    for concept in recipe.data.concepts:
+        if concept.trigger:
+            prompt = concept.prompt or ""
+            start = prompt.find(concept.trigger)
+            found.append(prompt[start:] if start >= 0 else concept.trigger)
+    return list(dict.fromkeys(found))
+
+
+def title(recipe: Recipe) -> str:
+    """A name for people: what was learned, or the recipe."""
+    return ", ".join(triggers(recipe)) or f"{recipe.recipe} adapter"
+
+
+def usage(recipe: Recipe) -> str:
+    """How to ask for what was learned, or an empty string."""
+    prompts = [concept.prompt for concept in recipe.data.concepts if concept.prompt]
+    return f"prompt: {prompts[0]}" if prompts else ""
+
+
+def prompt_width(layers: Sequence[Layer], family: ModelFamily) -> int:
+    """Size of a prompt's token vectors, which tells SD 1 (768) from SD 2 (1024); 0 where it cannot be told."""
+    if "denoiser" in family.networks:
+        settings: Any = family.networks["denoiser"]
+        return int(settings.config.cross_attention_dim)
+    widths = [layer.down.shape[1] for layer in layers if layer.module.endswith(("attn2.to_k", "attn2.to_v"))]
+    return widths[0] if widths else 0
+
+
+def prediction(family: ModelFamily) -> str:
+    """What the denoiser predicts, in diffusers' words."""
+    return str(getattr(family.objective, "prediction", "epsilon"))
+
+
+def base_version(width: int, predicted: str) -> str:
+    """What kohya's tools call the version of the base; empty for a base that is none of its kinds."""
+    if width == 1024:
+        return "sd_v2_v" if predicted == "v_prediction" else "sd_v2"
+    return "sd_v1" if width == 768 else ""

@@ -1,0 +1,60 @@
+"""Proof that an exported adapter is what was trained, by loading it as other tools do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.adapter import Weights
+from finetune.config.schema import ModelConfig
+from finetune.errors import UserError, nearest
+from finetune.export import check_lora, check_model
+from finetune.export.checks import Report, Verification
+from finetune.export.metadata import OWN
+from finetune.export.read import FORMATS, Identity, identify
+from finetune.family import ModelFamily
+
+READERS = ("diffusers", "kohya", "comfyui", "a1111")
+
+
+def verify(
+    path: Path, base: str | None = None, against: Sequence[str] | None = None, weights: Weights | None = None
+) -> Verification:
+    """Load an adapter as other tools do, and compare.
+
+    Every key must be read and be finite; diffusers' own loader must give each layer its weights, the denoiser's
+    answer must be the one that the weights ask for, at half strength half of it. kohya's tools, ComfyUI and A1111 are
+    not run: their names for the model's layers are (``finetune.export.readers``).
+
+    Args:
+        path: a LoRA file, a model folder or a run's folder.
+        base: as in a recipe's ``model.path``; what the file says where it is not given. A model folder needs none.
+        against: readers to try, of ``READERS``; all that the layout is meant for where it is not given.
+        weights: what the file must hold; without them the file is only compared with itself.
+
+    Raises:
+        UserError: there is no such file, reader or base model. A damaged file is a failed check.
+    """
+    for reader in against or ():
+        if reader not in READERS:
+            raise UserError(f"there is no reader {reader!r} to verify against{nearest(reader, READERS)}")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    report = Report()
+    if found := report.run("readable", lambda: identify(path), lambda found: f"{found.kind}, layout {found.layout}"):
+        if found.kind == "full":
+            check_model.check_folder(report, found.path, weights)
+        else:
+            family = _base(found, base)
+            check_lora.check_file(report, found, family, against or FORMATS[found.layout].readers, weights)
+    return Verification(found.path if found else path, tuple(report.checks))
+
+
+def _base(found: Identity, base: str | None) -> ModelFamily:
+    from finetune.families import load_family
+
+    path = base or found.base
+    if not path:
+        raise UserError(f"{found.path} does not say which base model it belongs to; name it with --base")
+    revision = None if base else found.metadata.get(f"{OWN}revision")
+    return load_family(ModelConfig(path=path, revision=revision))
