@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def sections(section: type[Section] = Recipe, path: str = "", repeated: bool = F
 
 def owners(key: str) -> list[Listed]:
     """The sections that have ``key``."""
-    return [listed for listed in sections() if key in listed.section.model_fields]
+    return [listed for listed in _every_section() if key in listed.section.model_fields]
 
 
 def kinds(annotation: Any) -> dict[str, type[Section]]:
@@ -101,6 +102,11 @@ def wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 def wanted_of(field: FieldInfo) -> str:
     """What the value of a field must be."""
     return wanted(field.annotation, field.metadata)
+
+
+@functools.cache
+def _every_section() -> tuple[Listed, ...]:
+    return tuple(sections())
 
 
 def _bare(annotation: Any) -> tuple[Any, list[Any]]:

@@ -196,7 +196,7 @@ def overlay(base: Located, patch: Located, problems: list[Problem], path: str = 
     """
     if isinstance(base.value, list) and _is_indexed(patch):
         return replace(base, value=_entries(base.value, patch.value, problems, path))
-    if not (isinstance(base.value, dict) and isinstance(patch.value, dict)) or _kind(base) != _kind(patch, _kind(base)):
+    if not (isinstance(base.value, dict) and isinstance(patch.value, dict)) or _another_kind(base, patch):
         return patch
     merged = dict(base.value)
     for key, below in patch.value.items():
@@ -209,8 +209,9 @@ def _is_indexed(patch: Located) -> bool:
     return bool(keys) and all(key.isdecimal() and len(key) < 6 for key in keys)
 
 
-def _kind(mapping: Located, otherwise: Any = None) -> Any:
-    return mapping.value["kind"].plain() if "kind" in mapping.value else otherwise
+def _another_kind(base: Located, patch: Located) -> bool:
+    kinds = [mapping.value["kind"].value for mapping in (base, patch) if "kind" in mapping.value]
+    return len(kinds) == 2 and all(isinstance(kind, str) for kind in kinds) and kinds[0] != kinds[1]
 
 
 def _entries(entries: list[Located], changes: dict[str, Located], problems: list[Problem], path: str) -> list[Located]:

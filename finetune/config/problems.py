@@ -67,7 +67,8 @@ def explain(error: ValidationError, tree: Located) -> list[Problem]:
     for details, spot in found:
         deeper = any(len(path) > len(spot.path) and path[: len(spot.path)] == spot.path for path in paths)
         if not deeper:  # the members of a union each complain; the one that came furthest is the one that was meant
-            problems.setdefault(spot.path, _problem(details["type"], spot, tree))
+            kind = details["type"] if spot.path == () or details["loc"][-1] == spot.path[-1] else "wrong"
+            problems.setdefault(spot.path, _problem(kind, spot, tree))
     return list(problems.values())
 
 
@@ -96,7 +97,7 @@ def _problem(kind: str, spot: _Spot, tree: Located) -> Problem:
         text = f"{name} is not a key{_hint(spot, tree)}"
     elif kind.startswith("union_tag") and isinstance(value, dict):
         choices = spot.wanted.partition("(")[2].rstrip(")")
-        said = value["kind"].plain() if "kind" in value else None
+        said = value.get("kind")
         name, spot = f"{name}.kind", _Spot((*spot.path, "kind"), spot.section, spot.wanted)
         if said is None:
             text = f"{name} is missing; one of {choices}"
@@ -124,7 +125,10 @@ def shown(value: Any) -> str:
         case dict():
             return "a section of keys"
         case list():
-            return f"a list of {len(value)}" if value else "an empty list"
+            if not value:
+                return "an empty list"
+            inside = f"[{', '.join(map(shown, value))}]"
+            return inside if len(inside) <= 40 else f"a list of {len(value)}"
     return f"{value}"[:60]
 
 
@@ -132,7 +136,7 @@ def _value(tree: Located, path: Sequence[str | int]) -> Any:
     node: Located | None = tree
     for part in path:
         node = node.below(part) if node is not None else None
-    return node.value if node is not None else None
+    return node.plain() if node is not None else None
 
 
 def _spot(location: Sequence[str | int]) -> _Spot:

@@ -73,20 +73,24 @@ def _load(path: Path, problems: list[Problem], chain: tuple[Path, ...]) -> Locat
     if not isinstance(tree.value, dict):
         if found:
             raise RecipeError(problems)
-        raise RecipeError([*problems, Problem(tree.place, f"a recipe must be a section of keys, not {_shown(tree)}")])
+        raise RecipeError(
+            [*problems, Problem(tree.place, f"a recipe must be a section of keys, not {shown(tree.plain())}")]
+        )
     extends = tree.value.pop("extends", None)
     if extends is None:
         return tree
     if not isinstance(extends.value, str):
-        problems.append(Problem(extends.place, f"extends must be one file's name, not {_shown(extends)}"))
+        problems.append(Problem(extends.place, f"extends must be one file's name, not {shown(extends.plain())}"))
         return tree
     chain = (*chain, path)
     parent = Path(os.path.normpath(path.parent / extends.value))
+    if not os.path.isfile(parent):  # noqa: PTH113 - a name that is too long is no file either
+        raise RecipeError(
+            [*problems, Problem(extends.place, f"extends names {str(parent)!r}, which {_absence(parent)}")]
+        )
     if any(_same(parent, child) for child in chain):
         names = " -> ".join(map(str, (*chain, parent)))
         raise RecipeError([*problems, Problem(extends.place, f"extends goes round in a circle: {names}")])
-    if not parent.is_file():
-        raise RecipeError([*problems, Problem(extends.place, f"extends names {str(parent)!r}, {_absence(parent)}")])
     return replace(overlay(_load(parent, problems, chain), tree, problems), place=tree.place)
 
 
@@ -128,7 +132,7 @@ def _text(path: Path) -> str:
 
 def _absence(path: Path) -> str:
     """Says that ``path`` is missing, and which of its neighbours may be meant."""
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         return "is a folder, not a recipe"
     folder = path.parent
     try:
@@ -141,7 +145,3 @@ def _absence(path: Path) -> str:
 
 def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
-
-
-def _shown(tree: Located) -> str:
-    return shown(tree.value)
