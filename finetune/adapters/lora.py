@@ -65,6 +65,7 @@ class Lora:
         )
         with torch.random.fork_rng(devices=[]):  # PEFT draws values that are then replaced
             peft.inject_adapter_in_model(described, module, adapter_name=_NAME)
+        module.train(module.training)  # new layers would drop out although their network does not train
         self.layers |= {f"{network}.{name}": module.get_submodule(name) for name in chosen}
 
     @torch.no_grad()
