@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from finetune.evaluation.markup import Markup, join, tag
 
@@ -100,25 +101,30 @@ def _side(value: float, low: float, high: float) -> str:
     return "start" if share < 0.25 else "end" if share > 0.75 else "middle"
 
 
-def _grid(x: object, y: object, top: float, first: float, last: float) -> Markup:
-    assert callable(x) and callable(y)
+def _grid(x: Callable[[float], float], y: Callable[[float], float], top: float, first: float, last: float) -> Markup:
     parts = []
     for index in range(5):
-        value, step = top * index / 4, first + (last - first) * index / 4
-        height = f"{y(value):.1f}"
-        parts.append(
-            tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="zero" if not index else "grid")
-        )
-        parts.append(tag("text", f"{value:.3g}", x=LEFT - 8, y=f"{y(value) + 4:.1f}", class_="tick right"))
-        parts.append(tag("text", f"{round(step)}", x=f"{x(step):.1f}", y=HEIGHT - 10, class_="tick middle"))
+        value = top * index / 4
+        height, kind = f"{y(value):.1f}", "grid" if index else "zero"
+        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_=kind))
+        parts.append(tag("text", f"{value:.3g}", x=LEFT - 8, y=f"{y(value) + 4:.1f}", class_="right"))
+    for step in ticks(first, last):
+        parts.append(tag("text", f"{step}", x=f"{x(step):.1f}", y=HEIGHT - 10, class_="middle"))
     return join(parts)
+
+
+def ticks(first: float, last: float) -> list[int]:
+    """Three to seven round whole numbers between ``first`` and ``last``, whichever of them there are."""
+    stride = max(1, round(nice_ceiling((last - first) / 6)))
+    start = math.ceil(first / stride) * stride
+    return list(range(start, math.floor(last) + 1, stride))
 
 
 def _apart(heights: list[float], gap: float = 16.0) -> list[float]:
     """Heights of labels moved down until none covers another."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     result = list(heights)
-    for above, below in zip(order, order[1:], strict=False):
+    for above, below in pairwise(order):
         result[below] = max(result[below], result[above] + gap)
     return result
 

@@ -6,6 +6,7 @@ exported file that was loaded again in the same way, with the same seeds.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ Draw = Callable[[Sequence[str], int], Sequence["Image.Image"]]
 """``draw(prompts, per_prompt)``: ``per_prompt`` pictures of each prompt, those of one prompt side by side. The noise of
 a picture must depend on its place and on nothing else."""
 
+FILE = "evaluation.json"  # in the folder of a run
 OTHERS = 8  # individuals of the same class that make the floor
 MINIMUM_SEPARATION = 0.2  # between floor and ceiling, below which a subject is not told from its class
 
@@ -62,7 +64,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answers:
-    """Pictures that a model drew for ``Questions``: one row per scene, one for the instance prompt, one for the class."""
+    """Pictures that a model drew for ``Questions``, a row per scene."""
 
     scenes: tuple[tuple[Image.Image, ...], ...]
     instance: tuple[Image.Image, ...]
@@ -111,13 +113,19 @@ class Evaluation:
     before: Figures
     after: Figures
 
-    def write(self, path: Path) -> None:
-        """Write as JSON."""
-        files.write_json(path, asdict(self))
+    def write(self, folder: Path) -> Path:
+        """Write ``evaluation.json`` into the folder of a run."""
+        files.write_json(folder / FILE, asdict(self))
+        return folder / FILE
+
+    @staticmethod
+    def read(folder: Path) -> Evaluation:
+        """The evaluation that ``write`` wrote."""
+        return Evaluation.of(json.loads((folder / FILE).read_text(encoding="utf-8")))
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Evaluation:
-        """The evaluation that ``write`` wrote."""
+        """From the mapping that ``dataclasses.asdict`` makes."""
         sides = {side: Figures(**values[side]) for side in ("before", "after")}
         return Evaluation(**{**values, **sides})
 

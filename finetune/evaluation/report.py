@@ -46,10 +46,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that was tried on an exported file, in words ("gives the same picture as in memory")."""
+    """One question put to an exported file, and its answer; ``finetune.export``'s own checks serve as well."""
 
-    text: str
+    name: str
     passed: bool
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and "loss" in row and "step" in row:
             rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def read_snapshots(folder: Path, prompts: Sequence[str]) -> list[Snapshot]:
+    """The pictures that a run drew on the way, from ``folder/step-000200/<prompt>-<picture>.png``."""
+    from PIL import Image
+
+    found = []
+    for place in sorted(folder.glob("step-*")):
+        for number, prompt in enumerate(prompts):
+            images = [Image.open(path).convert("RGB") for path in sorted(place.glob(f"{number}-*.png"))]
+            if images:
+                found.append(Snapshot(int(place.name.removeprefix("step-")), prompt, images))
+    return found
 
 
 def write_report(folder: Path, report: ReportData) -> Path:

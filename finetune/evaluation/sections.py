@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from finetune.evaluation.charts import gauge, loss_curve
+from finetune.evaluation.charts import loss_curve
+from finetune.evaluation.judged import judge, percent
 from finetune.evaluation.markup import Markup, escape, join, picture, tag
 from finetune.evaluation.report import Captioned, ReportData, Shot
-from finetune.evaluation.verdict import Verdict, closeness, verdict
+from finetune.evaluation.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,8 +80,8 @@ def _numbers(data: ReportData) -> Markup | None:
     numbers: list[tuple[str, str, str]] = []
     if one := data.evaluation:
         numbers += [
-            ("subject fidelity", _percent(one.after.normalised), f"before {_percent(one.before.normalised)}"),
-            ("prompt accuracy", _percent(one.after.accuracy), f"before {_percent(one.before.accuracy)}"),
+            ("subject fidelity", percent(one.after.normalised), f"before {percent(one.before.normalised)}"),
+            ("prompt accuracy", percent(one.after.accuracy), f"before {percent(one.before.accuracy)}"),
         ]
     if data.seconds is not None:
         part = f"{_duration(data.training_seconds)} of it training" if data.training_seconds else "in all"
@@ -127,91 +128,15 @@ def _class(data: ReportData) -> Markup | None:
     )
 
 
-def _judge(data: ReportData) -> Markup | None:
-    one = data.evaluation
-    if one is None:
-        return tag("p", data.no_evaluation, class_="lead") if data.no_evaluation and data.scenes else None
-    before, after = one.before, one.after
-    others, itself = "others of its class", "real pictures"
-    scaled = [(name, closeness(one, value)) for name, value in (("before", before.pres), ("after", after.pres))]
-    low = min(-0.1, before.normalised, after.normalised, *(value for _, value in scaled)) - 0.02
-    high = max(1.1, before.normalised, after.normalised) + 0.02
-    ends = [(others, 0.0), (itself, 1.0)]
-    words = f"floor {one.floor:.2f}, ceiling {one.ceiling:.2f}"
-    fidelity = gauge(
-        [
-            ("before", before.normalised, f"{before.normalised:.2f}"),
-            ("after", after.normalised, f"{after.normalised:.2f}"),
-        ],
-        ends,
-        low,
-        high,
-    )
-    pres = gauge([(name, value, f"{value:.2f}") for name, value in scaled], ends, low, high)
-    accuracy = gauge(
-        [(name, side.accuracy, _percent(side.accuracy)) for name, side in (("before", before), ("after", after))],
-        [("none", 0.0), ("real renders", one.oracle_accuracy)],
-        0.0,
-        1.02,
-    )
-    parts = ", ".join(
-        f"{name} {_percent(before.accuracies[name])} → {_percent(value)}" for name, value in after.accuracies.items()
-    )
-    div = gauge(
-        [(name, side.div, f"{side.div:.2f}") for name, side in (("before", before), ("after", after))],
-        [("all the same", 0.0), ("real renders", one.oracle_div)],
-        0.0,
-        max(1.0, one.oracle_div, before.div, after.div) + 0.02,
-    )
-    cards = [
-        _measure(
-            "Subject fidelity",
-            "higher is better",
-            fidelity,
-            "How alike the subject in new scenes and its real pictures are, between other individuals of its class (0) "
-            f"and real pictures that no training saw (1). As cosines: DINO* {before.fidelity:.2f} → "
-            f"{after.fidelity:.2f}, {words}.",
-        ),
-        _measure(
-            "Prompt accuracy",
-            "higher is better",
-            accuracy,
-            f"How much of what the prompts for new scenes name is there. {parts}.".replace("name is", "name is really"),
-        ),
-        _measure(
-            "The class stays itself",
-            "lower is better",
-            pres,
-            "How alike pictures of the bare class and the subject are, on the scale of subject fidelity. As cosines: "
-            f"PRES* {before.pres:.2f} → {after.pres:.2f}.",
-        ),
-        _measure(
-            "Variety of the class",
-            "higher is better",
-            div,
-            "How much pictures of the bare class differ among themselves (DIV*, mean of one minus the cosine).",
-        ),
-    ]
-    lead = (
-        "A small network that knows every factor of the embedded world, and that took no part in training, looks at "
-        "all of these pictures."
-    )
-    return join([tag("p", lead, class_="lead"), tag("div", *cards, class_="measures")])
-
-
-def _measure(title: str, sense: str, drawing: Markup, text: str) -> Markup:
-    return tag("article", tag("h3", title, tag("small", sense)), drawing, tag("p", text), class_="measure")
-
-
 def _loss(data: ReportData) -> Markup | None:
     if len(data.metrics) < 2:
         return None
     steps = [int(row["step"]) for row in data.metrics]
     parts = {"subject": "loss_instance", "class": "loss_prior"}
-    found = {name: key for name, key in parts.items() if any(key in row for row in data.metrics)}
+    found = {name: key for name, key in parts.items() if any(row.get(key) for row in data.metrics)}
     keys = found if len(found) == 2 else {"loss": "loss"}
     curves = {name: [float(row.get(key, "nan")) for row in data.metrics] for name, key in keys.items()}
-    lead = "Faint as measured, strong as a moving average. Each step sees other noise, so a loss that looks flat can learn."
+    lead = "Faint as measured, strong as a moving average. The noise of a step moves it more than what is learnt."
     return join([tag("p", lead, class_="lead"), tag("div", loss_curve(steps, curves), class_="chart")])
 
 
@@ -248,7 +173,15 @@ def _files(data: ReportData) -> Markup | None:
         return None
     cards = []
     for one in data.exported:
-        checks = [tag("li", check.text, class_="passed" if check.passed else "failed") for check in one.checks]
+        checks = [
+            tag(
+                "li",
+                check.name,
+                tag("small", check.detail) if check.detail else None,
+                class_="passed" if check.passed else "failed",
+            )
+            for check in one.checks
+        ]
         cards.append(
             tag(
                 "article",
@@ -319,10 +252,6 @@ def _prompt(prompt: str, trigger: str) -> Markup:
     return join([tag("mark", part) if part == trigger else escape(part) for part in parts])
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
@@ -344,7 +273,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Markup | None]], ...
     ("subject", "Subject", "What it was shown", _subject),
     ("scenes", "New scenes", "The subject in new scenes", _scenes),
     ("class", "Class", "The bare class", _class),
-    ("judge", "Judge", "What the judge says", _judge),
+    ("judge", "Judge", "What the judge says", judge),
     ("loss", "Loss", "Loss", _loss),
     ("samples", "Progress", "While it learnt", _snapshots),
     ("class-images", "Class images", "What stood for the class", _class_images),

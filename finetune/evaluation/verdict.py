@@ -48,36 +48,6 @@ def verdict(evaluation: Evaluation, subject: str, class_name: str) -> Verdict:
                 text += f" and still draws other {others}, but it follows the rest of a prompt less well."
             case _:
                 text += f", but it follows the rest of a prompt less well and its other {others} now look like it."
-    grade: Grade
-
-
-def verdict(evaluation: Evaluation, subject: str, class_name: str) -> Verdict:
-    """What the figures mean for a person.
-
-    Args:
-        subject: what the subject is called, "zib star". class_name: what its class is called, "star".
-    """
-    before, after = evaluation.before, evaluation.after
-    gain = after.normalised - before.normalised
-    learnt = gain >= GAIN
-    listens = before.accuracy - after.accuracy <= LISTENS
-    kept = after.pres - before.pres <= DRIFT
-    parts = [
-        f"The model has learnt the {subject}"
-        if learnt
-        else f"The model has learnt a part of the {subject}"
-        if gain >= GAIN / 3
-        else f"The model has not learnt the {subject}",
-        "puts it where the prompt says" if listens else "no longer goes where the prompt says",
-        f"still draws other {plural(class_name)}" if kept else f"now draws it for every {class_name}",
-    ]
-    text = (
-        f"{parts[0]}{',' if listens == kept else ' and'} {parts[1]}{' and' if listens == kept else ', but'} {parts[2]}."
-    )
-    if not listens and kept:
-        text = f"{parts[0]} and {parts[2]}, but {parts[1]}."
-    if gain < GAIN / 3:
-        text = f"{parts[0]}: its pictures are no closer to it than before."
     grade: Grade = "good" if learnt and listens and kept else "bad" if gain < GAIN / 3 else "mixed"
     return Verdict(text, grade)
 
