@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config.schema import ModelConfig
@@ -19,20 +20,25 @@ FAMILIES: dict[str, type[SD]] = {"sd": SD}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def load_family(config: ModelConfig, min_snr_gamma: float | None = None) -> ModelFamily:
+def load_family(
+    config: ModelConfig, min_snr_gamma: float | None = None, device: torch.device | str = "cpu"
+) -> ModelFamily:
     """The family of a base model, with no network in memory yet.
 
     Args:
         config: names a folder, a hub model or the embedded one. A folder is never looked for on a network.
         min_snr_gamma: as in ``finetune.objective.DDPM``.
+        device: where its networks are put when they are required.
 
     Raises:
         UserError: there is no such model, or no family knows its architecture.
     """
     folder = model_folder(config)
     disable_progress_bar()  # of transformers, one per file loaded: it would tear the run's own
-    family = FAMILIES[config.family] if config.family else _detect(folder)
-    return family(folder, source=config.path, min_snr_gamma=min_snr_gamma)
+    kind = FAMILIES[config.family] if config.family else _detect(folder)
+    family = kind(folder, source=config.path, min_snr_gamma=min_snr_gamma)
+    family.device = torch.device(device)
+    return family
 
 
 def model_folder(config: ModelConfig) -> Path:

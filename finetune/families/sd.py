@@ -85,7 +85,7 @@ class SD:
         self.latent_scale: int = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self.pixel_multiple: int = self.latent_scale * 2 ** (len(self._unet["block_out_channels"]) - 1)
         self.objective: Objective = _objective(folder, self.scheduler(), min_snr_gamma)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        self.tokenizer = _tokenizer(folder)
         self.sites = Sites(
             linears=LINEARS,
             selections=SELECTIONS,
@@ -201,6 +201,13 @@ class SD:
             feature_extractor=None,
             requires_safety_checker=False,
         ).to(next(self.networks["denoiser"].parameters()).device)
+
+
+def _tokenizer(folder: Path) -> Any:
+    # transformers makes an empty tokenizer of a folder that holds none, without a word
+    if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder}: the tokenizer is missing: no tokenizer/tokenizer.json or tokenizer/vocab.json")
+    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
 
 
 def _objective(folder: Path, scheduler: Any, min_snr_gamma: float | None) -> DDPM:
