@@ -141,6 +141,13 @@ class Batches:
         return list(dict.fromkeys([*texts, *([""] if self.recipe.data.caption_dropout else [])]))
 
     @property
+    def example_prompts(self) -> list[str]:
+        """What previews draw where a recipe names nothing: each concept's prompt and its class prompt."""
+        own = [concept.config.prompt or concept.pictures[0].captions[0] for concept in self.concepts]
+        classes = [concept.config.class_prompt for concept in self.concepts if concept.config.class_prompt]
+        return list(dict.fromkeys(own + classes))
+
+    @property
     def notes(self) -> list[str]:
         """What a person should know of the pictures and captions, a sentence each."""
         notes = [note for concept in self.concepts for note in concept.notes]

@@ -79,8 +79,11 @@ class Prompts:
 
     def get(self, caption: str) -> Conditioning:
         """One caption as the denoiser reads it."""
-        name = key("prompt", family=self.family.name, encoder=self._encoder, caption=caption)
-        return Conditioning(**self.store.get(name, lambda: self._encode(caption)))
+        return Conditioning(**self.store.get(self.key(caption), lambda: self._encode(caption)))
+
+    def key(self, caption: str) -> str:
+        """The name of a caption's entry in the store."""
+        return key("prompt", family=self.family.name, encoder=self._encoder, caption=caption)
 
     def stack(self, captions: Iterable[str]) -> Conditioning:
         """Several captions, each encoded alone."""

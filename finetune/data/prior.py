@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 from rich.progress import track
 
 from finetune import files
@@ -27,6 +27,7 @@ from finetune.data.sources import Concept, Picture, picture_files, refuse
 from finetune.errors import GuardError, UserError
 from finetune.family import ModelFamily
 from finetune.randomness import generator
+from finetune.sampling import change_scheduler, inference
 
 MANIFEST = "manifest.json"
 STALE = 600  # seconds after which a temporary file is taken for an interrupted writer's
@@ -156,21 +157,22 @@ class ClassImages:
             return
         if any(parameter.requires_grad for parameter in self.family.networks.parameters()):
             raise GuardError("class images must be drawn by the untouched model, but a part of it trains already")
-        pipe = self._pipeline()
         size, wanted = self.prior.batch_size, set(indices)
         # always whole groups of a batch, since what an image's neighbours are can change its last bits
         groups = sorted({index // size for index in indices})
-        for group in track(groups, f"Drawing {len(indices)} class images", disable=quiet, transient=True):
-            numbers = range(group * size, (group + 1) * size)
-            for index, image in zip(numbers, self._sample(pipe, numbers), strict=True):
-                if index in wanted:
-                    with files.replacing(folder / _name(index)) as temporary:
-                        image.save(temporary, format="PNG")
+        with inference(self.family) as pipeline:
+            if self.prior.sampler.scheduler:
+                pipeline.scheduler = change_scheduler(pipeline.scheduler, self.prior.sampler.scheduler)
+            for group in track(groups, f"Drawing {len(indices)} class images", disable=quiet, transient=True):
+                numbers = range(group * size, (group + 1) * size)
+                for index, image in zip(numbers, self._sample(pipeline, numbers), strict=True):
+                    if index in wanted:
+                        with files.replacing(folder / _name(index)) as temporary:
+                            image.save(temporary, format="PNG")
 
-    @torch.no_grad()
-    def _sample(self, pipe: Any, numbers: Sequence[int]) -> list[Any]:
+    def _sample(self, pipeline: Any, numbers: Sequence[int]) -> list[Image.Image]:
         sampler, side = self.prior.sampler, self.recipe.data.resolution
-        drawn = pipe(
+        drawn = pipeline(
             prompt=[self.prompt] * len(numbers),
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance,
@@ -179,11 +181,6 @@ class ClassImages:
             generator=[generator(self.recipe.seed, "class image", self.prompt, index) for index in numbers],
         )
         return list(drawn.images)
-
-    def _pipeline(self) -> Any:
-        pipe: Any = self.family.pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
     def _write_manifest(self, folder: Path, paths: Sequence[Path]) -> None:
         manifest = {

@@ -24,6 +24,8 @@ SIDE = 16
 class Pipe:
     """Draws noise from the generators it is given, and remembers what it was asked."""
 
+    scheduler = None
+
     def __init__(self, family: Fake) -> None:
         self.family = family
 

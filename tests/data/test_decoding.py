@@ -100,13 +100,19 @@ def broken_png(path: Path) -> None:
 def bomb(path: Path) -> None:
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    )
 
 
 BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "truncated jpeg": ("a.jpg", truncated_jpeg, "broken or cut short"),
     "truncated png": ("a.png", broken_png, "broken or cut short"),
-    "text": ("a.png", lambda path: path.write_text("hello world, I am a text"), "is not a picture; it begins with b'he"),
+    "text": (
+        "a.png",
+        lambda path: path.write_text("hello world, I am a text"),
+        "is not a picture; it begins with b'he",
+    ),
     "empty file": ("a.png", lambda path: path.write_bytes(b""), "is not a picture"),
     "bomb": ("a.png", bomb, "is too large; expected at most 178 million pixels"),
     "icon": ("a.png", lambda path: Image.new("RGB", (7, 300)).save(path), "7 x 300 pixels; expected at least 8"),

@@ -85,31 +85,41 @@ def bad_metadata(path: Path) -> None:
 
 
 def metadata_not_utf8(path: Path) -> None:
-    (path / "metadata.jsonl").write_bytes(b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "\xff"}')
+    (path / "metadata.jsonl").write_bytes(
+        b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "\xff"}'
+    )
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "caption not utf-8": (not_utf8, "2.txt: is not UTF-8: byte 0xe9 at offset 3"),
-    "no caption": (lambda path: (path / "1.txt").unlink(), "1.png: has no caption: write 1.txt beside it, or set prompt"),
+    "no caption": (
+        lambda path: (path / "1.txt").unlink(),
+        "1.png: has no caption: write 1.txt beside it, or set prompt",
+    ),
     "metadata not json": (bad_metadata, "metadata.jsonl:3: is not JSON"),
     "metadata not utf-8": (metadata_not_utf8, "metadata.jsonl:2: is not UTF-8: byte 0xff at offset 68"),
     "metadata names nothing": (
-        lambda path: rows(path, {"file_name": "7.png", "text": "a"}), "metadata.jsonl:1: there is no 7.png in the folder"
+        lambda path: rows(path, {"file_name": "7.png", "text": "a"}),
+        "metadata.jsonl:1: there is no 7.png in the folder",
     ),
     "metadata names twice": (
-        lambda path: rows(path, *[{"file_name": "0.png", "text": "a"}] * 2), "0.png has a caption on line 1 already"
+        lambda path: rows(path, *[{"file_name": "0.png", "text": "a"}] * 2),
+        "0.png has a caption on line 1 already",
     ),
     "metadata misspelt": (
-        lambda path: rows(path, {"filename": "0.png", "text": "a"}), "has no 'file_name'; did you mean 'filename'?"
+        lambda path: rows(path, {"filename": "0.png", "text": "a"}),
+        "has no 'file_name'; did you mean 'filename'?",
     ),
     "metadata leaves the folder": (
-        lambda path: rows(path, {"file_name": "../0.png", "text": "a"}), "must be a path inside the folder"
+        lambda path: rows(path, {"file_name": "../0.png", "text": "a"}),
+        "must be a path inside the folder",
     ),
     "metadata of another shape": (lambda path: rows(path, ["0.png", "a"]), "metadata.jsonl:1: expected"),
     "metadata text is a number": (lambda path: rows(path, {"file_name": "0.png", "text": 3}), "must be a caption"),
     "text named png": (lambda path: (path / "0.png").write_text("hello"), "0.png: is not a picture"),
     "truncated": (
-        lambda path: (path / "0.png").write_bytes((path / "0.png").read_bytes()[:60]), "0.png: is broken or cut short"
+        lambda path: (path / "0.png").write_bytes((path / "0.png").read_bytes()[:60]),
+        "0.png: is broken or cut short",
     ),
 }
 
@@ -169,7 +179,7 @@ def test_masks_are_found_by_name_and_checked(folder: Folder, tmp_path: Path) -> 
         scan_one(path, masks=str(masks))
     Image.new("L", (24, 24), 9).save(masks / "1.png")
     assert [picture.mask for picture in scan_one(path, masks=str(masks)).pictures] == [masks / "0.jpg", masks / "1.png"]
-    with pytest.raises(UserError, match="0.png: has no transparency"):
+    with pytest.raises(UserError, match=r"0.png: has no transparency"):
         scan_one(path, masks="alpha")
     with pytest.raises(UserError, match=r"masks: .*mask does not exist.*did you mean 'masks'"):
         scan_one(path, masks=str(tmp_path / "mask"))

@@ -1,0 +1,92 @@
+"""Geometry by hand, pixels in range, masks that lie where their pictures do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from finetune.data import images
+from finetune.data.decoding import inspect
+from finetune.data.sources import Picture
+from finetune.errors import UserError
+
+
+def picture(image: Image.Image, path: Path, mask: Path | str | None = None) -> Picture:
+    image.save(path)
+    return Picture("0/a", path, ("a",), inspect(path), mask)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "side", "expected"),
+    [
+        (640, 480, 512, (480, 640, 0, 85, 512, 512)),  # scaled to 683 x 512: 85 are cut at the left, 86 at the right
+        (480, 640, 512, (640, 480, 85, 0, 512, 512)),
+        (512, 512, 512, (512, 512, 0, 0, 512, 512)),
+        (100, 300, 64, (300, 100, 64, 0, 64, 64)),
+        (9, 8, 64, (8, 9, 0, 4, 64, 64)),
+    ],
+)
+def test_geometry_as_computed_by_hand(
+    width: int, height: int, side: int, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    one = picture(Image.new("RGB", (width, height)), tmp_path / "a.png")
+    assert tuple(images.geometry(one, side).tolist()) == expected
+
+
+def test_the_mirrored_geometry_counts_from_the_other_side(tmp_path: Path) -> None:
+    one = picture(Image.new("RGB", (640, 480)), tmp_path / "a.png")
+    assert images.geometry(one, 512, flipped=True).tolist() == [480, 640, 0, 86, 512, 512]
+
+
+def test_pixels_are_the_central_square_from_minus_one_to_one(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (10, 0, 30, 20))
+    assert torch.equal(images.pixels(picture(image, tmp_path / "a.png"), 20), torch.ones(3, 20, 20))
+    assert torch.equal(images.pixels(picture(Image.new("RGB", (9, 9)), tmp_path / "b.png"), 16), -torch.ones(3, 16, 16))
+
+
+def test_channels_rows_and_columns_keep_their_places(gradient: Image.Image, tmp_path: Path) -> None:
+    square = images.pixels(picture(gradient, tmp_path / "a.png"), 20)
+    assert square.shape == (3, 20, 20)
+    assert (square[0].diff(dim=1) > 0).all()  # red grows to the right
+    assert (square[1].diff(dim=0) > 0).all()  # green grows downwards
+    assert (square[2] == -1).all()
+
+
+def test_a_mask_is_cropped_like_its_picture_and_averaged_per_cell(tmp_path: Path) -> None:
+    mask = Image.new("L", (40, 20), 0)
+    mask.paste(255, (10, 0, 15, 20))  # a quarter of the central square, from its left edge
+    one = picture(mask.convert("RGB"), tmp_path / "a.png", mask=tmp_path / "mask.png")
+    mask.save(tmp_path / "mask.png")
+    found = images.mask(one, side=20, scale=2)
+    assert found.shape == (1, 10, 10)
+    assert torch.equal(found[0, 0], torch.tensor([1, 1, 0.5, 0, 0, 0, 0, 0, 0, 0]))
+    assert torch.equal(found, found[:, :1].expand_as(found))
+    assert torch.equal(images.mask(replace(one, mask=None), 20, 2), torch.ones(1, 10, 10))
+
+
+def test_a_mask_from_transparency(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((9, 9, 9, 255), (0, 0, 16, 8))
+    found = images.mask(picture(image, tmp_path / "a.png", mask="alpha"), 16, 2)
+    assert torch.equal(found[0, :, 0], torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
+
+
+def test_a_mask_that_the_crop_cuts_away_is_an_error(tmp_path: Path) -> None:
+    mask = Image.new("L", (40, 20), 0)
+    mask.paste(255, (0, 0, 5, 20))
+    mask.save(tmp_path / "mask.png")
+    one = picture(Image.new("RGB", (40, 20)), tmp_path / "a.png", mask=tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"mask.png: nothing of the mask is left in the central square"):
+        images.mask(one, 20, 2)
+
+
+def test_a_picture_that_changes_under_a_run_is_an_error(tmp_path: Path) -> None:
+    one = picture(Image.new("RGB", (16, 16)), tmp_path / "a.png")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="has changed since this run began"):
+        images.pixels(one, 16)

@@ -1,0 +1,62 @@
+"""The order of draws: endless, whole, a pure function of the seed, and the same for any number of processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from finetune.data.sampler import Mixed, Pairwise, Plain, Share, Shuffled
+
+
+def test_every_place_once_per_epoch_and_epochs_differ() -> None:
+    order = Shuffled(7, seed=3)
+    epochs = [[order[7 * epoch + place] for place in range(7)] for epoch in range(20)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 15
+    assert [Shuffled(7, seed=3)[n] for n in range(50)] == [order[n] for n in range(50)]
+    assert [Shuffled(7, seed=4)[n] for n in range(50)] != [order[n] for n in range(50)]
+
+
+def test_any_draw_can_be_begun_at() -> None:
+    assert Shuffled(5, seed=0)[10**9] in range(5)
+
+
+def test_repeats_are_draws_of_the_same_epoch() -> None:
+    order = Plain([0, 1, 2, 2, 2], seed=0)
+    for epoch in range(4):
+        drawn = Counter(order.at(5 * epoch + place)[0].item for place in range(5))
+        assert drawn == {0: 1, 1: 1, 2: 3}
+
+
+@pytest.mark.parametrize(("world", "batch", "accumulation"), [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)])
+def test_a_step_has_the_same_draws_however_it_is_shared_out(world: int, batch: int, accumulation: int) -> None:
+    shares = [Share(batch, accumulation, rank, world) for rank in range(world)]
+    for step in (0, 1, 17):
+        drawn = [number for part in range(accumulation) for share in shares for number in share.draws(step, part)]
+        assert drawn == list(range(8 * step, 8 * step + 8))
+
+
+def test_pairwise_has_a_class_picture_for_every_subject_picture() -> None:
+    order = Pairwise([0, 1, 2], classes=5, seed=0)
+    pairs = [order.at(number) for number in range(30)]
+    assert all([one.prior for one in pair] == [False, True] for pair in pairs)
+    for epoch in range(6):  # five class pictures: their epochs are longer than the subject's three
+        assert sorted(pair[1].item for pair in pairs[5 * epoch : 5 * epoch + 5]) == list(range(5))
+    subjects = [order.at(number)[0] for number in range(30)]
+    assert subjects == [Plain([0, 1, 2], seed=0).at(number)[0] for number in range(30)]
+
+
+def test_mixed_is_balanced_and_uses_every_class_picture() -> None:
+    order = Mixed([0, 1, 2], classes=5, seed=0)
+    drawn = [order.at(number)[0] for number in range(60)]
+    for epoch in range(10):
+        part = drawn[6 * epoch : 6 * epoch + 6]
+        assert sorted(one.item for one in part if not one.prior) == [0, 1, 2]
+        assert sum(one.prior for one in part) == 3
+    assert Counter(one.item for one in drawn if one.prior) == dict.fromkeys(range(5), 6)
+
+
+def test_mixed_with_few_class_pictures_repeats_them() -> None:
+    drawn = [Mixed([0, 1, 2, 3], classes=1, seed=0).at(number)[0] for number in range(16)]
+    assert sum(one.prior for one in drawn) == 8
