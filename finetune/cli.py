@@ -82,3 +82,28 @@ def schema(
     from finetune.config import reference
 
     typer.echo(reference.markdown() if markdown else reference.json_schema(), nl=False)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="That the run will be launched on.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe would do: pictures, steps, class images, memory, files. Loads no weights."""
+    import dataclasses
+    import json
+
+    from rich.console import Console
+
+    from finetune.config import read_recipe
+
+    resolved = read_recipe(recipe, overrides or [])  # before anything slow is imported
+    from finetune import plan as plans
+
+    found = plans.plan(resolved, processes)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        plans.render(found, Console())

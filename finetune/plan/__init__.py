@@ -1,0 +1,11 @@
+"""What a recipe would do, said before it does it. No weights are loaded and nothing is written but drawn subjects.
+
+plan(recipe)            pictures, captions, steps, class images, caches, what trains, memory, files
+render(plan, console)   the same for a person
+"""
+
+from finetune.plan.build import plan
+from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Memory, Output, Plan
+from finetune.plan.render import render
+
+__all__ = ["Arithmetic", "Cache", "ClassImages", "Concept", "Memory", "Output", "Plan", "plan", "render"]

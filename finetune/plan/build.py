@@ -1,0 +1,189 @@
+"""From a recipe to its plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters import attach
+from finetune.config import Recipe, read_recipe
+from finetune.config.schema import ImagesPrior, ModelPrior
+from finetune.config.summary import summary
+from finetune.data import sources
+from finetune.data.batches import Batches
+from finetune.data.encode import Latents, Prompts
+from finetune.data.preparation import check_resolution
+from finetune.data.prior import ClassImages as Drawing
+from finetune.data.prior import class_prompts
+from finetune.errors import UserError
+from finetune.export import FORMATS, file_name
+from finetune.families import load_family, model_folder
+from finetune.families.tokens import check_trigger
+from finetune.family import ModelFamily
+from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
+from finetune.plan.memory import estimate
+from finetune.plan.skeleton import fill, parameters
+from finetune.train.checkpoint import newest
+from finetune.train.run import RunFolder, decisive
+
+FLOAT = 4  # bytes; encodings are kept in float32
+
+
+def plan(recipe: Recipe, processes: int = 1) -> Plan:
+    """What ``recipe`` would do on ``processes`` processes.
+
+    Raises:
+        UserError: everything that is wrong with the pictures, or a model, resolution or layer pattern that does not
+            fit. Training would find the same.
+    """
+    family = load_family(recipe.model)
+    check_resolution(recipe, family)
+    found = sources.scan(recipe.data)
+    fill(family, model_folder(recipe.model))
+    networks = {name: parameters(network) for name, network in family.networks.items()}
+    adapter = attach(recipe.adapter, family, recipe.seed)
+    trainable = {
+        group.name: sum(parameter.numel() for parameter in group.parameters.values()) for group in adapter.groups()
+    }
+    latents = Latents(family, recipe.data)
+    prompts = None if recipe.adapter.text_encoder else Prompts(family, recipe.data)
+    batches = Batches(recipe, family, found, [], latents, prompts)
+    class_images = tuple(_class_images(recipe, family, found))
+    return Plan(
+        summary=summary(recipe),
+        model=recipe.model.path,
+        family=family.name,
+        networks=networks,
+        trainable=trainable,
+        concepts=tuple(map(_concept, found)),
+        arithmetic=_arithmetic(recipe, found, processes),
+        class_images=class_images,
+        caches=tuple(_caches(recipe, family, batches, class_images)),
+        memory=estimate(recipe, family, networks, sum(trainable.values()), processes),
+        output=_output(recipe),
+        notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
+    )
+
+
+def _concept(found: sources.Concept) -> Concept:
+    pictures, config = found.pictures, found.config
+    sizes = sorted(((p.facts.width, p.facts.height) for p in pictures), key=lambda size: size[0] * size[1])
+    told = Counter("the prompt" if p.captions == (config.prompt,) else "their own" for p in pictures)
+    return Concept(
+        folder=config.folder,
+        pictures=len(pictures),
+        repeats=config.repeats,
+        captions=dict(told),
+        example=pictures[0].captions[0],
+        smallest=sizes[0],
+        largest=sizes[-1],
+        masked=sum(picture.mask is not None for picture in pictures),
+        bytes=found.bytes,
+        trigger=config.trigger,
+        class_prompt=config.class_prompt,
+    )
+
+
+def _arithmetic(recipe: Recipe, found: Sequence[sources.Concept], processes: int) -> Arithmetic:
+    train, prior = recipe.train, recipe.prior
+    draws = train.batch_size * train.gradient_accumulation_steps * processes
+    mixed = isinstance(prior, ImagesPrior) and prior.layout == "mixed"
+    subjects = draws / 2 if mixed else draws
+    per_epoch = sum(concept.draws for concept in found)
+    return Arithmetic(
+        steps=train.steps,
+        processes=processes,
+        batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        subject_pictures=subjects,
+        class_pictures=subjects if isinstance(prior, ImagesPrior) else 0,
+        draws_per_epoch=per_epoch,
+        epochs=train.steps * subjects / per_epoch,
+    )
+
+
+def _class_images(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Concept]) -> Iterator[ClassImages]:
+    prior = recipe.prior
+    if not isinstance(prior, ImagesPrior):
+        return
+    own = Path(prior.folder) if prior.folder is not None else None
+    pictures = sources.picture_files(own, "prior.folder")[0] if own is not None and own.is_dir() else []
+    for prompt in class_prompts(found):
+        folder = own if own is not None and pictures else Drawing(recipe, prior, family, prompt).folder
+        present = len(pictures) or sum(1 for _ in folder.glob("*.png"))
+        yield ClassImages(prompt=prompt, folder=str(folder), needed=prior.count, present=min(present, prior.count))
+
+
+def _caches(
+    recipe: Recipe, family: ModelFamily, batches: Batches, class_images: Sequence[ClassImages]
+) -> Iterator[Cache]:
+    cache, side = recipe.data.cache, recipe.data.resolution // family.latent_scale
+    flips = (False, True) if recipe.data.flip else (False,)
+    if cache.latents:
+        store = batches.latents.store
+        keys = {batches.latents.key(picture, flip) for picture in batches.pictures for flip in flips}
+        vae: Any = family.networks["vae"]
+        entries = len(keys) + len(flips) * sum(images.needed for images in class_images)
+        yield Cache(
+            kind="pictures",
+            folder=str(store.folder),
+            entries=entries,
+            present=sum(store.path(key).is_file() for key in keys),
+            bytes=entries * 2 * vae.config.latent_channels * side * side * FLOAT,  # mean and logvar
+        )
+    if cache.text and batches.prompts is not None:
+        captions = {*batches.final_captions, *(images.prompt for images in class_images)}
+        one = family.encode_prompt([""])  # on skeletons: shapes alone
+        size = sum(tensor.nbytes for tensor in vars(one).values() if tensor is not None)
+        yield Cache(
+            kind="captions",
+            folder=str(batches.prompts.store.folder),
+            entries=len(captions),
+            present=sum(batches.prompts.store.path(batches.prompts.key(text)).is_file() for text in captions),
+            bytes=len(captions) * size,
+        )
+
+
+def _output(recipe: Recipe) -> Output:
+    folder = RunFolder(Path(recipe.output))
+    adapters = folder.adapters.name
+    names = [file_name(name, recipe) for name in recipe.export.formats if name in FORMATS]
+    written = ["model/"] if recipe.adapter.kind == "full" else names
+    files = [folder.lock.name, folder.metrics.name, *(f"{adapters}/{name}" for name in written)]
+    files += [f"{folder.checkpoints.name}/ ({recipe.checkpoint.keep} kept)"]
+    files += [f"{folder.samples.name}/"] if recipe.samples.every else []
+    files += [folder.report.name] if recipe.report.enabled else []
+    return Output(folder=str(folder.path), state=_state(folder, recipe), files=tuple(files))
+
+
+def _state(folder: RunFolder, recipe: Recipe) -> str:
+    if not folder.lock.is_file():
+        return "new" if not folder.path.exists() else "there already, without a run"
+    try:
+        same = decisive(read_recipe(folder.lock)) == decisive(recipe)
+    except UserError:
+        same = False
+    if not same:
+        return "holds another run, and training will refuse: choose another output"
+    last = newest(folder.checkpoints, say=lambda _: None)
+    return f"holds this run, which continues from {last.name}" if last else "holds this run, which begins again"
+
+
+def _triggers(family: ModelFamily, found: Sequence[sources.Concept]) -> Iterator[str]:
+    for concept in found:
+        if concept.config.trigger:
+            yield from check_trigger(family, concept.config.trigger, concept.config.class_prompt)
+
+
+def _notes(recipe: Recipe) -> Iterator[str]:
+    train, prior = recipe.train, recipe.prior
+    if recipe.adapter.text_encoder and recipe.data.cache.text:
+        yield "captions are not cached, because the text encoder trains"
+    if isinstance(prior, ImagesPrior | ModelPrior) and prior.weight == 0:
+        yield f"prior {prior.kind!r} has weight 0: it costs as much as ever and preserves nothing"
+    if train.schedule.warmup_steps == train.steps:
+        yield "the warm-up lasts until the end: the learning rate is reached in the last step"
+    if recipe.samples.every and recipe.samples.every > train.steps:
+        yield "samples.every is larger than train.steps: no samples are drawn on the way"

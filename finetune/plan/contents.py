@@ -1,0 +1,123 @@
+"""What a plan says, as plain data that turns into JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """Pictures that were found, decoded and checked.
+
+    Attributes:
+        captions: where they come from -> how many pictures.
+        example: one of the captions.
+        smallest, largest: width and height in pixels, by area.
+        masked: pictures with a mask.
+        bytes: of the files.
+    """
+
+    folder: str
+    pictures: int
+    repeats: int
+    captions: dict[str, int]
+    example: str
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    masked: int
+    bytes: int
+    trigger: str | None
+    class_prompt: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """How far the steps go.
+
+    Attributes:
+        subject_pictures, class_pictures: in each optimizer step, over all processes.
+        draws_per_epoch: subject pictures, with their repeats.
+        epochs: how often each of them is seen.
+    """
+
+    steps: int
+    processes: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    subject_pictures: float
+    class_pictures: float
+    draws_per_epoch: int
+    epochs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassImages:
+    """Pictures of one class prompt that the untouched model draws first; ``needed`` of them, ``present`` already."""
+
+    prompt: str
+    folder: str
+    needed: int
+    present: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Encodings that are kept: entries of one kind, how many are there already, and the size of all of them."""
+
+    kind: str
+    folder: str
+    entries: int
+    present: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """An estimate for one process while it trains, in bytes, part by part with what it was counted from."""
+
+    parts: dict[str, int]
+    formula: str
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where files will go.
+
+    Attributes:
+        state: what the folder holds now.
+        files: what will be there at the end, relative to the folder.
+    """
+
+    folder: str
+    state: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All of it.
+
+    Attributes:
+        summary: the recipe in a line.
+        networks: of the base model -> parameters.
+        trainable: parameter group -> parameters.
+        notes: what a person should know.
+    """
+
+    summary: str
+    model: str
+    family: str
+    networks: dict[str, int]
+    trainable: dict[str, int]
+    concepts: tuple[Concept, ...]
+    arithmetic: Arithmetic
+    class_images: tuple[ClassImages, ...]
+    caches: tuple[Cache, ...]
+    memory: Memory
+    output: Output
+    notes: tuple[str, ...]

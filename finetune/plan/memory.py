@@ -1,0 +1,56 @@
+"""How much memory a training process needs, counted from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
+from finetune.family import ModelFamily
+from finetune.plan.contents import Memory
+from finetune.plan.skeleton import activations
+
+LIBRARIES = 400 * 2**20  # bytes that Python, torch and the model libraries take before anything is loaded
+FLOAT = 4  # bytes; weights, gradients and optimizer states are float32
+
+
+def estimate(
+    recipe: Recipe, family: ModelFamily, networks: Mapping[str, int], trainable: int, processes: int = 1
+) -> Memory:
+    """Bytes that one process holds in the middle of a step, after what is encoded ahead has been freed.
+
+    Args:
+        family: holds skeletons, with what will train attached.
+        networks: name -> parameters of the base.
+        trainable: parameters that train.
+        processes: more than one keep a second copy of the gradients, to send.
+    """
+    train, adapter, cache, prior = recipe.train, recipe.adapter, recipe.data.cache, recipe.prior
+    held = {"denoiser"}
+    held |= set(family.text_encoders) if adapter.text_encoder or not cache.text else set()
+    held |= set() if cache.latents else {"vae"}
+    states = {"adamw": 2, "sgd": int(train.optimizer.betas[0] > 0)}[train.optimizer.name]
+    pairwise = isinstance(prior, ImagesPrior) and prior.layout == "pairwise"
+    passes = 2 if pairwise or isinstance(prior, ModelPrior) else 1
+    batch = train.batch_size * passes
+    kept = activations(family, recipe.data.resolution, batch, train.gradient_checkpointing)
+    if train.mixed_precision != "no":
+        kept //= 2
+    added = trainable if adapter.kind == "lora" else 0
+    parts = {
+        "libraries": LIBRARIES,
+        "weights": FLOAT * (sum(networks[name] for name in held) + added),
+        "gradients": FLOAT * trainable * (2 if processes > 1 else 1),
+        f"{train.optimizer.name} states": FLOAT * trainable * states,
+        "moving average": FLOAT * trainable if train.ema else 0,
+        "untouched copy": FLOAT * trainable if adapter.kind == "full" and isinstance(prior, ModelPrior) else 0,
+        f"activations of {batch} pictures": kept,
+    }
+    per = 4 * (1 + (processes > 1) + states + (train.ema is not None))
+    formula = (
+        f"4 bytes x parameters of {', '.join(sorted(held))} + {per} bytes x {trainable:,} that train "
+        f"(gradient, {states} optimizer states{', average' if train.ema else ''}) "
+        f"+ what autograd keeps of a forward pass of {batch} pictures"
+        + (", without the block that checkpointing computes again" if train.gradient_checkpointing else "")
+        + (", halved for mixed precision" if train.mixed_precision != "no" else "")
+    )
+    return Memory(parts={name: size for name, size in parts.items() if size}, formula=formula)

@@ -1,0 +1,82 @@
+"""A family's networks without their weights: shapes are enough to count parameters and activations."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import UserError
+from finetune.family import ModelFamily
+
+LIBRARIES = ("diffusers", "transformers")
+
+
+def skeleton(folder: Path, component: str) -> nn.Module:
+    """The network in ``folder/component`` on the meta device, made from its settings alone, frozen, in ``eval()``.
+
+    Args:
+        folder: of diffusers, with a ``model_index.json``.
+
+    Raises:
+        UserError: the folder names a class of no library that is known here; its own code is never run.
+    """
+    library, kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[component]
+    if library not in LIBRARIES:
+        raise UserError(f"{folder / 'model_index.json'}: {component} is of the library {library!r}; known: {LIBRARIES}")
+    network = getattr(importlib.import_module(library), kind)
+    with torch.device("meta"):
+        if library == "diffusers":
+            built = network.from_config(network.load_config(folder, subfolder=component, local_files_only=True))
+        else:
+            built = network(network.config_class.from_pretrained(folder, subfolder=component, local_files_only=True))
+    bare: nn.Module = built
+    return bare.eval().requires_grad_(False)
+
+
+def fill(family: ModelFamily, folder: Path) -> None:
+    """Put skeletons in the place of all networks of ``family``."""
+    components = {network: names.diffusers for network, names in family.export_names.items()} | {"vae": "vae"}
+    for network, component in components.items():
+        family.networks[network] = skeleton(folder, component)
+
+
+def parameters(module: nn.Module) -> int:
+    """How many numbers a network holds."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def activations(family: ModelFamily, resolution: int, batch: int, checkpointing: bool) -> int:
+    """Bytes that a forward pass in float32 keeps for the backward pass, counted on skeletons.
+
+    Args:
+        family: holds skeletons, with what will train attached.
+        resolution: side of the pictures in pixels.
+        batch: pictures in one forward pass.
+    """
+    if checkpointing and hasattr(family, "enable_gradient_checkpointing"):
+        family.enable_gradient_checkpointing()
+    vae: Any = family.networks["vae"]
+    kept: dict[int, torch.UntypedStorage] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in family.networks.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held on to, so that no later storage takes its address
+        return tensor
+
+    modes = {module: module.training for module in family.networks.modules()}
+    family.networks.train()
+    side = resolution // family.latent_scale
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        noisy = torch.empty(batch, vae.config.latent_channels, side, side)
+        prompt = family.encode_prompt([""] * batch)
+        family.predict(noisy, torch.zeros(batch), prompt, torch.zeros(batch, 6))
+    for module, training in modes.items():
+        module.training = training
+    return sum(storage.nbytes() for storage in kept.values())
