@@ -147,7 +147,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(word) for word in words(text)]
 
-    parser = argparse.ArgumentParser(prog="python -m finetune.evaluation.study", description=(__doc__ or "").split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m finetune.evaluation.study", description=summary)
     parser.add_argument("--subjects", type=numbers, default=[101, 102, 103, 104, 105], help="seeds, with commas")
     parser.add_argument("--methods", type=words, default=["lora", "full"], help=", ".join(METHODS))
     parser.add_argument("--priors", type=words, default=["images", "none"], help=", ".join(PRIORS))
