@@ -17,8 +17,6 @@ from finetune.export.layers import check
 from finetune.export.read import read_header
 from finetune.family import ExportNames
 
-_BUFFERS = ("position_ids",)  # older files hold them, nobody reads them
-
 
 def check_folder(report: Report, folder: Path, weights: Weights | None) -> None:
     """Load every part by its own library, compare it with the files and, where given, with what was trained."""
@@ -78,7 +76,7 @@ def _arrived(held: Weights, networks: Mapping[str, nn.Module]) -> str:
     }
     if missing := there.keys() - held.tensors.keys():
         raise GuardError(f"{len(missing)} weights are in no file, for example {min(missing)}")
-    if extra := [name for name in held.tensors.keys() - there.keys() if not name.endswith(_BUFFERS)]:
+    if extra := held.tensors.keys() - there.keys():
         raise GuardError(f"{len(extra)} tensors of the files were not read, for example {min(extra)}")
     for name, tensor in there.items():
         if not torch.equal(tensor, held.tensors[name].to(tensor.dtype)):

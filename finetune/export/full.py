@@ -74,12 +74,16 @@ def write_model(weights: Weights, base: Path, path: Path, names: Mapping[str, Ex
 
 
 def read_model(path: Path, names: Mapping[str, ExportNames]) -> Weights:
-    """All weights of a diffusers folder that have a place in ``names``, under canonical names, in the files' dtype."""
+    """All weights of a diffusers folder that have a place in ``names``, under canonical names, in the files' dtype.
+
+    What is no floating-point number is left out: older text encoders list their positions among the weights.
+    """
     tensors = {
         f"{network}.{key.removeprefix(called.missing_level)}": value
         for network, called in names.items()
         for file in weight_files(path / called.diffusers)
         for key, value in _tensors(file)
+        if value.is_floating_point()
     }
     return Weights("full", tensors)
 

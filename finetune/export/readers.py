@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.export.names import parted
 from finetune.family import ExportNames
 
 Networks = Mapping[str, nn.Module]
@@ -105,6 +106,8 @@ def ldm_name(path: str, unet: nn.Module) -> str | None:
 def a1111_name(stem: str, unet: nn.Module) -> str | None:
     """The original U-Net's layer, dots as underscores, that A1111 takes a key stem for; None where no pattern fits."""
     per_level = _layers_per_block(unet) + 1
+    if found := re.fullmatch(r"lora_unet_(conv_in|conv_out|time_embedding_linear_[12])", stem):
+        return _TOP[parted(found[1])].replace(".", "_")
     if found := re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_(resnets|attentions)_(\d+)_(.+)", stem):
         way, level, kind, index, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
         prefix, first = ("input_blocks", 1) if way == "down" else ("output_blocks", 0)

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.adapter import Weights
-from finetune.config.schema import ModelConfig
 from finetune.errors import UserError, nearest
 from finetune.export import check_lora, check_model
+from finetune.export.base import load_base
 from finetune.export.checks import Report, Verification
-from finetune.export.metadata import OWN
-from finetune.export.read import FORMATS, Identity, identify
-from finetune.family import ModelFamily
+from finetune.export.read import FORMATS, identify
 
 READERS = ("diffusers", "kohya", "comfyui", "a1111")
 
@@ -45,16 +43,6 @@ def verify(
         if found.kind == "full":
             check_model.check_folder(report, found.path, weights)
         else:
-            family = _base(found, base)
+            family = load_base(found, base)
             check_lora.check_file(report, found, family, against or FORMATS[found.layout].readers, weights)
     return Verification(found.path if found else path, tuple(report.checks))
-
-
-def _base(found: Identity, base: str | None) -> ModelFamily:
-    from finetune.families import load_family
-
-    path = base or found.base
-    if not path:
-        raise UserError(f"{found.path} does not say which base model it belongs to; name it with --base")
-    revision = None if base else found.metadata.get(f"{OWN}revision")
-    return load_family(ModelConfig(path=path, revision=revision))

@@ -1,0 +1,31 @@
+"""The model that an adapter belongs to."""
+
+from __future__ import annotations
+
+from finetune.config.schema import ModelConfig
+from finetune.errors import UserError
+from finetune.export.metadata import OWN
+from finetune.export.read import Identity
+from finetune.family import ModelFamily
+
+
+def load_base(found: Identity, base: str | None = None) -> ModelFamily:
+    """The family of a LoRA's base model, or of a whole model itself, with no network in memory yet.
+
+    Args:
+        base: as in a recipe's ``model.path``; what the file says where it is not given.
+
+    Raises:
+        UserError: neither names a model, there is no such model, or a base is named for a whole model.
+    """
+    from finetune.families import load_family
+
+    if found.kind == "full":
+        if base is not None:
+            raise UserError(f"{found.path} is a whole model and needs no base; {base!r} would not be used")
+        return load_family(ModelConfig(path=str(found.path)))
+    path = base or found.base
+    if not path:
+        raise UserError(f"{found.path} does not say which base model it belongs to; name it with --base")
+    revision = None if base else found.metadata.get(f"{OWN}revision")
+    return load_family(ModelConfig(path=path, revision=revision))
