@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import finetune
+from finetune import cli_tinyworld as tinyworld
 from finetune.config.command import exit_codes
 
 app = typer.Typer(
@@ -23,11 +25,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]…", help="Settings that win: train.steps=200.", show_default=False),
 ]
+Adapter = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="A LoRA file, a model folder or a run's folder.", show_default=False)
+]
+Base = Annotated[
+    str | None, typer.Option(help="The base model, as model.path in a recipe.", show_default="what the file says")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def main() -> None:
     """Entry point of the console script."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
     with exit_codes():
         app()
 
@@ -107,3 +116,97 @@ def plan(
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:
         plans.render(found, Console())
+
+
+@app.command()
+def sample(
+    adapter: Adapter,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.", show_default=False)],
+    base: Base = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    strength: Annotated[float, typer.Option(help="How much a LoRA counts: 0 is the base, 1 what was trained.")] = 1.0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance: Annotated[float, typer.Option(min=0)] = 5.0,
+    scheduler: Annotated[str | None, typer.Option(help="A class of diffusers.", show_default="the model's own")] = None,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.", show_default="the model's")] = None,
+    out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
+) -> None:
+    """Draw with an exported adapter, loaded by diffusers as anybody would."""
+    from finetune.config.schema import SamplerConfig
+    from finetune.export import sample as export_sample
+    from finetune.files import replacing
+
+    sampler = SamplerConfig(steps=steps, guidance=guidance, scheduler=scheduler)
+    pictures = export_sample.sample(
+        adapter, prompt, base=base, seed=seed, strength=strength, sampler=sampler, count=count, resolution=resolution
+    )
+    for number, picture in enumerate(pictures):
+        alone = len(pictures) == 1 and out.suffix == ".png"
+        path = out if alone else out / f"{number // count:02d}-{number % count}.png"
+        with replacing(path) as temporary:
+            picture.save(temporary, format="PNG")
+        typer.echo(path)
+
+
+@app.command()
+def verify(
+    adapter: Adapter,
+    base: Base = None,
+    against: Annotated[
+        str | None, typer.Option(help="diffusers, kohya, comfyui, a1111, with commas.", show_default="all that fit")
+    ] = None,
+) -> None:
+    """Load an exported adapter again as other tools do, and compare. Ends with 4 where a check fails."""
+    from finetune.export.verify import verify as check
+
+    found = check(adapter, base, against.replace(" ", "").split(",") if against else None)
+    typer.echo(str(found))
+    found.require()
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or its recipe.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Let the embedded world's judge compare a run's export with its base."""
+    import dataclasses
+    import json
+
+    from finetune.judge_run import figures, judge_run
+
+    found = judge_run(run)
+    typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else figures(found))
+
+
+@app.command()
+def tokens(
+    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub name, or tinyworld.")] = "tinyworld",
+    count: Annotated[int, typer.Option(min=1)] = 20,
+) -> None:
+    """Rare words for a new subject: one token each, hardly used, with the norm of what they mean so far."""
+    from finetune.config.schema import ModelConfig
+    from finetune.families import load_family
+    from finetune.families.tokens import rare_tokens
+
+    family = load_family(ModelConfig(path=model))
+    for vocabulary in family.sites.vocabularies:
+        family.require(vocabulary.network)
+        embedding = family.networks[vocabulary.network].get_input_embeddings().weight  # type: ignore[operator]
+        for found in rare_tokens(vocabulary.tokenizer, embedding, count):
+            typer.echo(f"{found.word}\ttoken {found.id}\tnorm {found.norm:.3f}")
+
+
+@app.command()
+def models() -> None:
+    """The architectures that can be trained."""
+    from finetune.families import EMBEDDED, FAMILIES
+
+    for name, family in FAMILIES.items():
+        typer.echo(f"{name}: {', '.join(family.pipelines)} folders and hub models")
+    typer.echo(f"model.path: {EMBEDDED} is the small model that comes with the toolkit, of the family sd.")
+    typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
+
+
+app.add_typer(tinyworld.app, name="tinyworld", help="The embedded world: fresh subjects, styles, captions, its model.")

@@ -1,0 +1,74 @@
+"""A finished run, asked again: its base and its exported file answer the same questions before the judge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.config import Recipe, read_recipe
+from finetune.errors import UserError
+from finetune.evaluation import Evaluation, ask, evaluate, tinyworld_questions
+from finetune.export.sample import adapted
+from finetune.families import load_family
+from finetune.family import ModelFamily
+from finetune.sampling import draw
+from finetune.train import RunFolder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def judge_run(path: Path) -> Evaluation:
+    """Draw with the base and with the export of a run, judge both, and write ``evaluation.json`` into its folder.
+
+    Args:
+        path: the run's folder, or the recipe whose output it is.
+
+    Raises:
+        UserError: there is no finished run, or its subject is none of the embedded world, which alone can be judged.
+    """
+    folder = RunFolder(path if path.is_dir() else Path(read_recipe(path).output))
+    if not folder.lock.is_file():
+        raise UserError(f"{folder.path} holds no run: there is no {folder.lock.name}")
+    recipe = read_recipe(folder.lock)
+    subject = _subject(recipe, folder.path)
+    questions = tinyworld_questions(subject)
+    untouched = load_family(recipe.model)
+    before = ask(questions, lambda prompts, count: _draw(untouched, recipe, prompts, count))
+    base = None if recipe.adapter.kind == "full" else recipe.model.path
+    trained = adapted(folder.path, base)
+    after = ask(questions, lambda prompts, count: _draw(trained, recipe, prompts, count))
+    found = evaluate(subject, questions, before, after)
+    found.write(folder.path)
+    return found
+
+
+def figures(found: Evaluation) -> str:
+    """The measures before and after, a line each."""
+
+    def line(name: str, of: str, sense: str) -> str:
+        before, after = (getattr(side, of) for side in (found.before, found.after))
+        return f"{name:<18} {before:6.2f} -> {after:5.2f}   {sense}"
+
+    return "\n".join(
+        [
+            line("subject fidelity", "normalised", "0: others of its class, 1: real pictures of it"),
+            line("prompt accuracy", "accuracy", f"real pictures reach {found.oracle_accuracy:.2f}"),
+            line("PRES*", "pres", "likeness of the bare class to the subject: lower is better"),
+            line("DIV*", "div", f"variety of the bare class: higher is better, real pictures {found.oracle_div:.2f}"),
+        ]
+    )
+
+
+def _subject(recipe: Recipe, folder: Path) -> int:
+    names = [concept.folder for concept in recipe.data.concepts]
+    found = re.fullmatch(r"tinyworld:subject/(\d+)", names[0]) if len(names) == 1 else None
+    if found is None:
+        raise UserError(f"{folder}: only a subject of the embedded world can be judged, not {', '.join(names)}")
+    return int(found[1])
+
+
+def _draw(family: ModelFamily, recipe: Recipe, prompts: Sequence[str], count: int) -> list[Image.Image]:
+    return draw(family, prompts, count, recipe.report.sampler, recipe.seed, resolution=recipe.data.resolution)
