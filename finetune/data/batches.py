@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ class Batches:
         """SHA-256 of every picture file, by id."""
         return {picture.id: picture.facts.sha256 for picture in self.pictures}
 
-    @property
+    @cached_property
     def final_captions(self) -> list[str]:
         """Every string that some batch's prompts can hold, each once."""
         texts = [text for picture in self.pictures for text in picture.captions]
@@ -147,7 +147,7 @@ class Batches:
         classes = [concept.config.class_prompt for concept in self.concepts if concept.config.class_prompt]
         return list(dict.fromkeys(own + classes))
 
-    @property
+    @cached_property
     def notes(self) -> list[str]:
         """What a person should know of the pictures and captions, a sentence each."""
         notes = [note for concept in self.concepts for note in concept.notes]

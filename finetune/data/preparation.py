@@ -54,8 +54,9 @@ def prepare(
     prompts = None if trains else Prompts(family, recipe.data)
     batches = Batches(recipe, family, concepts, classes, Latents(family, recipe.data), prompts, processes)
     encode(batches, recipe, family, processes, trains)
-    for note in batches.notes:
-        log.warning("%s", note)
+    if processes.rank == 0:
+        for note in batches.notes:
+            log.warning("%s", note)
     return batches
 
 

@@ -118,7 +118,6 @@ class ClassImages:
             "model": self.family.fingerprint("denoiser", "vae", *self.family.text_encoders),
             "resolution": self.recipe.data.resolution,
             "seed": self.recipe.seed,
-            "batch_size": self.prior.batch_size,
             **self.prior.sampler.model_dump(),
         }
 
@@ -158,7 +157,7 @@ class ClassImages:
         if any(parameter.requires_grad for parameter in self.family.networks.parameters()):
             raise GuardError("class images must be drawn by the untouched model, but a part of it trains already")
         size, wanted = self.prior.batch_size, set(indices)
-        # always whole groups of a batch, since what an image's neighbours are can change its last bits
+        # always whole groups, since an image's neighbours can change its last bits
         groups = sorted({index // size for index in indices})
         with inference(self.family) as pipeline:
             if self.prior.sampler.scheduler:

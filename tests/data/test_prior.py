@@ -96,7 +96,6 @@ def test_more_images_keep_those_that_are_there(make_recipe: Make, folder: Callab
     [
         {"prior": PRIOR | {"sampler": {"steps": 3}}},
         {"prior": PRIOR | {"sampler": {"steps": 2, "guidance": 1.5}}},
-        {"prior": PRIOR | {"batch_size": 4}},
         {"concept": {"class_prompt": "a moon"}},
         {"data": {"resolution": 20}},
         {"seed": 1},
