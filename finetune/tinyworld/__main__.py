@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.tinyworld import commands
+from finetune.tinyworld import commands, document
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     sheet.add_argument("--seed", type=int, default=0)
     gates = verbs.add_parser("gates", help="check the judge and the base")
     gates.add_argument("--count", type=int, default=200)
+    filled = verbs.add_parser("document", help="fill docs/tinyworld.md: pictures and tables")
+    filled.add_argument("--docs", type=Path, default=Path("docs"))
     build = verbs.add_parser("build-base", help="train the base and the judge again")
     build.add_argument("--work", type=Path, required=True, help="pictures, latents and checkpoints; resumes")
     build.add_argument("--out", type=Path, help="default: the package's own folders")
@@ -60,6 +62,8 @@ def _run(given: argparse.Namespace) -> int:
             print(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.value:.3f} (limit {gate.limit})")
         print(", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()))
         return 0 if all(gate.passed for gate in gates) else 4
+    elif given.verb == "document":
+        document.write(given.docs)
     else:
         commands.build_base(given.work, given.out, scale=given.scale)
     return 0

@@ -60,6 +60,8 @@ def build(work: Path, out: Path, budget: Budget, say: Callable[[str], None] = pr
     Returns:
         Minutes that each stage took, over all interrupted runs (``work/minutes.json`` keeps them).
     """
+    from finetune.tinyworld.training import card
+
     record = work / "minutes.json"
     work.mkdir(parents=True, exist_ok=True)
     minutes: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
@@ -73,6 +75,8 @@ def build(work: Path, out: Path, budget: Budget, say: Callable[[str], None] = pr
         record.write_text(json.dumps(minutes, indent=1) + "\n")
         say(f"{name}: {minutes[name]} minutes")
     export(work, out)
+    steps = f"vae {budget.vae}, clip {budget.clip}, judge {budget.judge}, unet {budget.unet}"
+    card.write(out, seed=SEED, steps=steps, machine=machine(), minutes=minutes)
     return minutes
 
 

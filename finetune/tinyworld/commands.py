@@ -122,6 +122,14 @@ def write_subject_sheet(out: Path, seeds: list[int]) -> Path:
     return _save(sheet([one.render(scene)[0] for one, scene in scenes]), out)
 
 
+def write_style_sheet(out: Path, seeds: list[int]) -> Path:
+    """A row for each style, all of them on the same eight scenes."""
+    from finetune.tinyworld.sheets import sheet
+
+    scenes = [Scene.draw(11, at) for at in range(8)]
+    return _save(sheet([style(seed).apply(world.render(scene)[0]) for seed in seeds for scene in scenes]), out)
+
+
 def write_samples(
     out: Path, prompts: list[str] | None = None, *, count: int = 48, base: Path | None = None, seed: int = 0
 ) -> Path:

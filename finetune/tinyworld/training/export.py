@@ -64,7 +64,7 @@ def sample(
     prompts: list[str],
     *,
     seed: int = 0,
-    steps: int = 24,
+    steps: int = 25,
     guidance: float = 4.0,
     batch: int = 32,
 ) -> torch.Tensor:
