@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 from finetune.evaluation.charts import gauge
 from finetune.evaluation.markup import Markup, join, tag
 from finetune.evaluation.protocol import Evaluation
@@ -19,7 +21,9 @@ def judge(data: ReportData) -> Markup | None:
     one = data.evaluation
     if one is None:
         return tag("p", data.no_evaluation, class_="lead") if data.no_evaluation and data.scenes else None
-    cards = [_fidelity(one), _accuracy(one), _class(one), _variety(one)]
+    cards = [_fidelity(one)]
+    cards += [] if isnan(one.after.accuracy) else [_accuracy(one)]
+    cards += [] if isnan(one.after.pres) else [_class(one), _variety(one)]
     return join([tag("p", LEAD, class_="lead"), tag("div", *cards, class_="measures")])
 
 
@@ -87,7 +91,8 @@ def _variety(one: Evaluation) -> Markup:
 
 def _between(one: Evaluation, before: float, after: float) -> Markup:
     """Two values on the scale from others of the class to the subject; both such scales of the page are the same."""
-    shown = (one.before.normalised, one.after.normalised, *(closeness(one, x.pres) for x in (one.before, one.after)))
+    shown = [one.before.normalised, one.after.normalised]
+    shown += [closeness(one, side.pres) for side in (one.before, one.after) if not isnan(side.pres)]
     return gauge(
         [("before", before, f"{before:.2f}"), ("after", after, f"{after:.2f}")],
         [("others of its class", 0.0), ("real pictures", 1.0)],

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune import files
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +29,7 @@ Draw = Callable[[Sequence[str], int], Sequence["Image.Image"]]
 a picture must depend on its place and on nothing else."""
 
 FILE = "evaluation.json"  # in the folder of a run
+CHECKED = ("shape", "background", "position")  # a subject's colours and fill are its own
 OTHERS = 8  # individuals of the same class that make the floor
 MINIMUM_SEPARATION = 0.2  # between floor and ceiling, below which a subject is not told from its class
 
@@ -80,6 +83,7 @@ class Figures:
         normalised: the same between the floor (0) and the ceiling (1).
         instance_normalised: of the pictures of the plain instance prompt.
         accuracy: share of named attributes (shape, background, position) that are as the prompt says, in new scenes.
+            NaN where the prompts name none; ``pres`` and ``div`` are where there is no class prompt.
         accuracies: the same per attribute.
         pres: PRES*, mean cosine of pictures of the bare class and the subject's real pictures; lower is better.
         div: DIV*, mean of 1 - cosine among the pictures of the bare class; higher is better.
@@ -220,15 +224,15 @@ def _figures(
 
     fidelity = similarity(judge.embed([picture for row in answers.scenes for picture in row]), real)
     instance = similarity(judge.embed(answers.instance), real)
-    accuracies = _accuracies(judge, answers.scenes, [named for _, named in questions.scenes])
+    accuracies = _accuracies(judge, answers.scenes, [named or _read(prompt) for prompt, named in questions.scenes])
     return Figures(
         fidelity=fidelity,
         normalised=normalised(fidelity, floor, ceiling),
         instance_normalised=normalised(instance, floor, ceiling),
         accuracy=mean(accuracies.values()),
         accuracies=accuracies,
-        pres=similarity(judge.embed(answers.of_class), real),
-        div=_diversity(judge, answers.of_class),
+        pres=similarity(judge.embed(answers.of_class), real) if answers.of_class else nan,
+        div=_diversity(judge, answers.of_class) if len(answers.of_class) > 1 else nan,
     )
 
 
@@ -239,6 +243,16 @@ def _accuracies(
 
     asked = [wanted for row, wanted in zip(rows, named, strict=True) for _ in row]
     return accuracy(asked, judge.attribute_names([picture for row in rows for picture in row]))
+
+
+def _read(prompt: str) -> dict[str, str]:
+    """What a user's own prompt names of the embedded world; nothing where it contradicts itself."""
+    from finetune.tinyworld import parse
+
+    try:
+        return {name: value for name, value in parse(prompt).items() if name in CHECKED}
+    except UserError:
+        return {}
 
 
 def _diversity(judge: Judge, pictures: Sequence[Image.Image]) -> float:

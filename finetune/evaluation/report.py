@@ -149,19 +149,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def read_snapshots(folder: Path, prompts: Sequence[str]) -> list[Snapshot]:
-    """The pictures that a run drew on the way, from ``folder/step-000200/<prompt>-<picture>.png``."""
-    from PIL import Image
-
-    found = []
-    for place in sorted(folder.glob("step-*")):
-        for number, prompt in enumerate(prompts):
-            images = [Image.open(path).convert("RGB") for path in sorted(place.glob(f"{number}-*.png"))]
-            if images:
-                found.append(Snapshot(int(place.name.removeprefix("step-")), prompt, images))
-    return found
-
-
 def write_report(folder: Path, report: ReportData) -> Path:
     """Write ``folder/report.html``, whole or not at all, and return its path."""
     from finetune.evaluation.sections import page

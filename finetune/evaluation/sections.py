@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from math import isnan
 from typing import TYPE_CHECKING
 
 from finetune.evaluation.charts import loss_curve
@@ -66,12 +67,12 @@ def _teaser(data: ReportData) -> Markup | None:
 
     def strip(words: str, side: str) -> Markup:
         drawn = [picture(getattr(shot, side)[0], f"{shot.prompt} ({side})") for shot in shots]
-        return tag("div", tag("div", *drawn, class_="strip"), tag("p", words), class_=side)
+        return tag("div", tag("p", words), tag("div", *drawn, class_="strip"), class_=side)
 
     return tag(
         "div",
-        tag("div", tag("div", *shown, class_="mosaic"), tag("p", "what it was shown"), class_="shown"),
-        tag("div", strip("asked for it in new scenes, before", "before"), strip("and after", "after"), class_="drawn"),
+        tag("div", tag("p", "What it was shown"), tag("div", *shown, class_="mosaic"), class_="shown"),
+        tag("div", strip("Asked for it in new scenes, before", "before"), strip("and after", "after"), class_="drawn"),
         class_="teaser",
     )
 
@@ -79,10 +80,9 @@ def _teaser(data: ReportData) -> Markup | None:
 def _numbers(data: ReportData) -> Markup | None:
     numbers: list[tuple[str, str, str]] = []
     if one := data.evaluation:
-        numbers += [
-            ("subject fidelity", percent(one.after.normalised), f"before {percent(one.before.normalised)}"),
-            ("prompt accuracy", percent(one.after.accuracy), f"before {percent(one.before.accuracy)}"),
-        ]
+        pairs = {"subject fidelity": "normalised", "prompt accuracy": "accuracy"}
+        sides = [(name, getattr(one.before, key), getattr(one.after, key)) for name, key in pairs.items()]
+        numbers += [(name, percent(after), f"before {percent(old)}") for name, old, after in sides if not isnan(after)]
     if data.seconds is not None:
         part = f"{_duration(data.training_seconds)} of it training" if data.training_seconds else "in all"
         numbers.append(("time", _duration(data.seconds), part))

@@ -32,8 +32,8 @@ def verdict(evaluation: Evaluation, subject: str, class_name: str) -> Verdict:
     before, after = evaluation.before, evaluation.after
     gain = after.normalised - before.normalised
     learnt = gain >= GAIN
-    listens = before.accuracy - after.accuracy <= LISTENS
-    kept = after.pres - before.pres <= DRIFT
+    listens = not before.accuracy - after.accuracy > LISTENS  # NaN, where prompts name nothing, is no complaint
+    kept = not after.pres - before.pres > DRIFT
     others = plural(class_name)
     if gain < GAIN / 3:
         text = f"The model has not learnt the {subject}: its pictures are hardly closer to it than before."

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,15 @@ def test_an_evaluation_is_read_back_as_it_was(
     found = evaluate(SEED, questions, base, oracle, judge)
     found.write(tmp_path)
     assert Evaluation.read(tmp_path) == found
+
+
+def test_prompts_of_a_user_are_judged_by_what_they_name(
+    judge: KnowingJudge, questions: Questions, base: Answers, oracle: Answers
+) -> None:
+    own = replace(questions, scenes=tuple((prompt, {}) for prompt, _ in questions.scenes), class_prompt=None)
+    found = evaluate(SEED, own, replace(base, of_class=()), replace(oracle, of_class=()), judge)
+    assert found.after.accuracies == evaluate(SEED, questions, base, oracle, judge).after.accuracies
+    assert isnan(found.after.pres) and isnan(found.after.div)
 
 
 @pytest.mark.base

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from finetune.evaluation.report import (
     Shot,
     Snapshot,
     read_metrics,
-    read_snapshots,
     write_report,
 )
 from finetune.evaluation.verdict import verdict
@@ -129,6 +129,13 @@ def test_a_real_subject_is_told_why_there_are_no_figures(tmp_path: Path) -> None
     assert "subject fidelity" not in page.words
 
 
+def test_measures_that_were_not_taken_are_not_shown(tmp_path: Path) -> None:
+    nothing = replace(figures(0.8), accuracy=nan, accuracies={}, pres=nan, div=nan)
+    page = written(replace(full(), evaluation=replace(evaluation(nothing), before=nothing)), tmp_path)
+    assert sum(attributes.get("class") == "measure" for _, attributes in page.tags) == 1
+    assert "nan" not in page.words
+
+
 def test_without_a_prior_there_are_neither_class_images_nor_a_second_curve(tmp_path: Path) -> None:
     metrics = [{"step": n, "loss": 1 / n, "loss_instance": 1 / n, "loss_prior": 0.0} for n in range(1, 30)]
     page = written(replace(full(), class_images=(), metrics=metrics), tmp_path)
@@ -225,18 +232,6 @@ def test_metrics_of_a_run_that_was_cut_short_are_read(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}]
     assert read_metrics(tmp_path / "none.jsonl") == []
-
-
-def test_snapshots_are_found_by_step_and_prompt(tmp_path: Path) -> None:
-    for name in ("step-000250/0-0", "step-000250/1-0", "step-000500/0-0", "step-000500/0-1"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        noise(1).save(tmp_path / f"{name}.png")
-    found = read_snapshots(tmp_path, ["a zib star", "a star"])
-    assert [(one.step, one.prompt, len(one.images)) for one in found] == [
-        (250, "a zib star", 1),
-        (250, "a star", 1),
-        (500, "a zib star", 2),
-    ]
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
