@@ -107,6 +107,7 @@ class DataConfig(Section):
     """Pictures and captions."""
 
     concepts: Annotated[list[ConceptConfig], Field(min_length=1)]
+    """One or several; draws are shared among them by their pictures and repeats."""
     resolution: PositiveInt = 512
     """Side of the square that pictures are scaled and cropped to, in pixels."""
     flip: bool = False
@@ -246,6 +247,7 @@ class SamplesConfig(Section):
     every: PositiveInt | None = None
     """Optimizer steps between them; none where it is not set."""
     prompts: list[str] = []
+    """What to draw; some of the concepts' own prompts where there are none."""
     per_prompt: PositiveInt = 1
     """Pictures per prompt."""
     sampler: SamplerConfig = SamplerConfig()
