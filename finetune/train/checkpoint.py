@@ -43,7 +43,10 @@ class Snapshot:
 
 
 def save(checkpoints: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write ``snapshot``; when it is whole, remove the oldest beyond ``keep``. Returns its folder."""
+    """Write ``snapshot``; when it is whole, remove the oldest beyond ``keep``. Returns its folder.
+
+    Those of later steps go first: the run did not continue from them, so they are damaged.
+    """
     path = checkpoints / f"step-{snapshot.step:06d}"
     if not is_valid(path):
         with replacing_folder(path) as folder:
@@ -53,8 +56,10 @@ def save(checkpoints: Path, snapshot: Snapshot, keep: int) -> Path:
             write_tensors(folder / "optimizer.safetensors", snapshot.optimizer)
             write_json(folder / "state.json", {"step": snapshot.step, **snapshot.facts})
             write_json(folder / _MANIFEST, {file.name: sha256(file) for file in sorted(folder.iterdir())})
-    for old in [found for found in _all(checkpoints) if found != path][keep - 1 :]:
-        shutil.rmtree(old)
+    found = _all(checkpoints)
+    here = found.index(path)
+    for other in found[:here] + found[here + keep :]:
+        shutil.rmtree(other)
     return path
 
 
