@@ -154,9 +154,17 @@ class Batches:
         if small := self._enlarged():
             side = self.recipe.data.resolution
             notes.append(f"{small} of {len(self.pictures)} pictures are smaller than {side} pixels and are enlarged")
-        cut = {text: lost for text in self.final_captions if (lost := self.family.caption_overflow(text))}
-        notes += [f"{lost} tokens are cut off a caption that is too long: {text!r}" for text, lost in cut.items()]
+        if cut := self._cut:
+            text, lost = max(cut.items(), key=lambda item: item[1])
+            notes.append(
+                f"{len(cut)} of {len(self.final_captions)} captions are too long: {text!r} loses {lost} tokens"
+            )
         return notes
+
+    @cached_property
+    def _cut(self) -> dict[str, int]:
+        """Captions that the text encoder cannot read whole, and how many tokens they lose."""
+        return {text: lost for text in self.final_captions if (lost := self.family.caption_overflow(text))}
 
     def _enlarged(self) -> int:
         side = self.recipe.data.resolution
@@ -174,7 +182,7 @@ class Batches:
             "class_images": len(self.classes),
             "masked": sum(picture.mask is not None for picture, _ in self._subjects),
             "captions": len(self.final_captions),
-            "captions_cut": sum(self.family.caption_overflow(text) > 0 for text in self.final_captions),
+            "captions_cut": len(self._cut),
             **{f"{name}_{what}": number for name, store in stores for what, number in vars(store.counts).items()},
             "notes": self.notes,
         }
