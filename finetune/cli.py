@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +35,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 def main() -> None:
     """Entry point of the console script."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
     with exit_codes():
         app()
 
