@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from finetune.adapter import Weights
 from finetune.errors import GuardError
 from finetune.export import kohya, readers
-from finetune.export.checks import Report
+from finetune.export.checks import Report, quiet
 from finetune.export.layers import Layer, applied, check, check_learned, check_shape, layers
 from finetune.export.metadata import OWN
 from finetune.export.read import Identity, read_tensors
@@ -151,13 +151,8 @@ def _check_diffusers(
         with applied(networks, expected, strength):
             wanted[strength] = _answer(family)
     pipeline = family.pipeline()
-    diffusers_logging.set_verbosity_error()
-    loaded = report.run(
-        "diffusers: loads",
-        lambda: pipeline.load_lora_weights(str(found.path), adapter_name=ADAPTER) or True,
-        lambda _: f"{type(pipeline).__name__}.load_lora_weights",
-    )
-    if not loaded:
+    loaded = report.run("diffusers: loads", lambda: _load(pipeline, found))
+    if loaded is None:
         return
     placed = {
         f"{network}.{path}": module
@@ -173,6 +168,12 @@ def _check_diffusers(
     pipeline.set_adapters([ADAPTER], [0.5])
     report.run("diffusers: half strength", lambda: _halved(whole, placed))
     report.run("diffusers: output at half", lambda: _close(_answer(family), wanted[0.5], wanted[0.0], tolerance))
+
+
+def _load(pipeline: Any, found: Identity) -> str:
+    with quiet():  # what it warns of is checked next
+        pipeline.load_lora_weights(str(found.path), adapter_name=ADAPTER)
+    return f"{type(pipeline).__name__}.load_lora_weights"
 
 
 def _arrived(expected: Sequence[Layer], placed: dict[str, LoraLayer]) -> str:
@@ -193,7 +194,7 @@ def _merged(expected: Sequence[Layer], placed: dict[str, LoraLayer], tolerance: 
         if error > tolerance:
             raise GuardError(f"the change of {layer.name} is off by {error:.1e} of its size")
         worst = max(worst, error)
-    return f"largest difference {worst:.1e} of a layer's change"
+    return "equal bit for bit" if worst == 0.0 else f"equal, largest difference {worst:.1e} of a layer's change"
 
 
 def _halved(whole: dict[str, Tensor], placed: dict[str, LoraLayer]) -> str:

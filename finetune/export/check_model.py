@@ -11,7 +11,7 @@ from torch import nn
 from finetune.adapter import Weights
 from finetune.config.schema import ModelConfig
 from finetune.errors import GuardError
-from finetune.export.checks import Report
+from finetune.export.checks import Report, quiet
 from finetune.export.full import read_model, weight_files
 from finetune.export.layers import check
 from finetune.export.read import read_header
@@ -66,7 +66,8 @@ def _same(held: Weights, weights: Weights) -> str:
 def _load(folder: Path, names: Mapping[str, ExportNames]) -> dict[str, nn.Module]:
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    with quiet():
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     return {network: getattr(pipeline, called.diffusers) for network, called in names.items()}
 
 

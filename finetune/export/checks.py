@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -69,3 +70,18 @@ class Report:
             return None
         self.checks.append(Check(name, True, detail(answer)))
         return answer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, diffusers warns of nothing and shows no progress."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
