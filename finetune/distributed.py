@@ -10,12 +10,9 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from finetune.config.schema import TrainConfig
 from finetune.errors import GuardError, Stopped, UserError
+from finetune.launcher import asked_processes, local_world, set_threads
 
 T = TypeVar("T")
 
@@ -44,7 +42,7 @@ class Processes:
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
-        self.local_world = _local_world()
+        self.local_world = local_world()
         self.device: torch.device = accelerator.device
         self.threads = threads
 
@@ -160,11 +158,10 @@ class Engine:
         """Scale gradients down to ``max_norm`` where they are longer, and return their norm before, a scalar."""
         return torch.as_tensor(self._accelerator.clip_grad_norm_(parameters, max_norm))
 
-    def step(self) -> bool:
-        """Move the weights and forget the gradients. False where float16 overflowed and the weights stayed."""
+    def step(self) -> None:
+        """Move the weights and forget the gradients. Under float16 weights stay where a gradient overflowed."""
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return not self._accelerator.optimizer_step_was_skipped
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -217,38 +214,6 @@ def start(train: TrainConfig | None = None) -> Processes:
     return processes
 
 
-def set_threads(asked: int | None) -> int:
-    """Set and return the CPU threads of this process.
-
-    What ``asked`` says; else OMP_NUM_THREADS where a person set it (launchers set it to 1 on their own account, which
-    is not listened to); else the cores this process may use, divided among the processes of this machine.
-    """
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if asked is not None:
-        threads = asked
-        if said.isdigit() and int(said) != asked and not _launched():
-            print(f"train.threads is {asked}, OMP_NUM_THREADS {said}: using {asked}", flush=True)
-    elif said.isdigit() and int(said) > 0 and not _launched():
-        threads = int(said)
-    else:
-        threads = max(1, usable_cores() // _local_world())
-    torch.set_num_threads(threads)
-    return threads
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _launched() -> bool:
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _local_world() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def _forget_earlier_runs() -> None:
     """Accelerate keeps its settings for the life of the process; a second run in one process has its own."""
     AcceleratorState._reset_state()
@@ -264,50 +229,12 @@ def _leave() -> None:
 
 
 def _require_what_was_asked(processes: Processes) -> None:
-    asked = _asked_processes()
+    asked = asked_processes()
     if asked is not None and asked != processes.world:
         raise UserError(
             f"{_count(asked, 'process')} asked for, but only {processes.world} started; "
             "on CPU use `accelerate launch --config_file launch/accelerate/cpu-2.yaml` or `torchrun --nproc_per_node N`"
         )
-
-
-def _asked_processes() -> int | None:
-    """What the launcher was told.
-
-    ``accelerate launch --cpu --num_processes 2`` starts one and says nothing: its command line is the only witness.
-    """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if not _launched():
-        return None
-    words = _command_line(os.getppid())
-    number = _after([word.replace("-", "_") for word in words], "__num_processes") or ""
-    return int(number) if number.isdigit() else _of_config_file(_after(words, "--config_file"))
-
-
-def _command_line(process: int) -> list[str]:
-    """Options and values of a process, apart; empty where the system does not show them."""
-    try:
-        return _split(Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8").split("\0"))
-    except OSError:
-        return []
-
-
-def _split(command: Sequence[str]) -> list[str]:
-    return [part for word in command for part in (word.split("=", 1) if word.startswith("--") else [word])]
-
-
-def _after(words: Sequence[str], option: str) -> str | None:
-    return next((value for word, value in pairwise(words) if word == option), None)
-
-
-def _of_config_file(path: str | None) -> int | None:
-    try:
-        number = (yaml.safe_load(Path(path or "").read_text(encoding="utf-8")) or {}).get("num_processes")
-    except (OSError, yaml.YAMLError, AttributeError):
-        return None
-    return number if isinstance(number, int) else None
 
 
 def _portable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:

@@ -88,17 +88,32 @@ def require_finite_losses(losses: Tensor, pictures: Sequence[Sequence[str]], ste
         )
 
 
-def require_finite_norm(norm: float, step: int, pictures: Iterable[str]) -> None:
-    """The gradient's norm is finite.
+class NormGuard:
+    """Ends a run whose gradient is not finite.
 
-    Raises:
-        GuardError: it is not; it names the step and its pictures.
+    Under float16 such gradients are how the loss scale is found, the optimizer passes over them, and only many in a
+    row are wrong.
+
+    Args:
+        patience: how many in a row end the run.
     """
-    if not math.isfinite(norm):
-        raise GuardError(
-            f"the gradient of step {step} is not finite, though its loss is; nothing was updated. "
-            f"Pictures: {'; '.join(pictures)}"
-        )
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self._bad = 0
+
+    def check(self, norm: float, step: int, pictures: Iterable[str]) -> None:
+        """Look at one update's norm, before the optimizer.
+
+        Raises:
+            GuardError: it is not finite, and nor were those before; it names the step and its pictures.
+        """
+        self._bad = 0 if math.isfinite(norm) else self._bad + 1
+        if self._bad == self._patience:
+            raise GuardError(
+                f"the gradient of step {step} is not finite, though its loss is; nothing was updated. "
+                f"Pictures: {'; '.join(pictures)}"
+            )
 
 
 def _nonzero(parameter: nn.Parameter) -> bool:

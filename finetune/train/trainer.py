@@ -15,12 +15,12 @@ from finetune.adapter import Adapter, Weights
 from finetune.batch import Batch
 from finetune.config.schema import Recipe
 from finetune.distributed import Processes
-from finetune.errors import GuardError, Stopped, UserError
+from finetune.errors import Stopped, UserError
 from finetune.randomness import derive
 from finetune.train import checkpoint, optimizers, schedules
 from finetune.train.checkpoint import Snapshot
 from finetune.train.ema import Ema
-from finetune.train.guards import GradientWatch, require_finite_losses, require_finite_norm, require_one_home
+from finetune.train.guards import GradientWatch, NormGuard, require_finite_losses, require_one_home
 from finetune.train.log import Log, peak_memory
 from finetune.train.run import RunFolder, fingerprint, versions
 from finetune.train.signals import Signals
@@ -108,12 +108,12 @@ class Trainer:
         self._engine = processes.engine(self._trainee, optimizer)
         self._ema = Ema(train.ema, self._parameters) if train.ema else None
         self._watch = GradientWatch(self._parameters)
+        self._norms = NormGuard(_PATIENCE if self._engine.scales_loss else 1)
         self._pictures: dict[str, str] = {}
         self._log: Log | None = None
         self._signals = Signals()
         self._stopping: str | None = None
         self._updated = False
-        self._skipped = 0
         self._begin_step()
 
     def steps(self, batches: Batches) -> Iterator[Batch]:
@@ -220,12 +220,9 @@ class Trainer:
 
     def _finish_step(self, values: dict[str, float]) -> None:
         norm = float(self._engine.clip(list(self._parameters.values()), self.recipe.train.max_grad_norm))
-        if not self._engine.scales_loss:
-            require_finite_norm(norm, self.step + 1, self._ids)
+        self._norms.check(norm, self.step + 1, self._ids)
         self._watch.look()
-        self._skipped = 0 if self._engine.step() else self._skipped + 1
-        if self._skipped == _PATIENCE:
-            raise GuardError(f"{_PATIENCE} updates in a row overflowed float16 up to step {self.step + 1}; use bf16")
+        self._engine.step()
         self.step += 1
         self._updated = True
         if self._ema:

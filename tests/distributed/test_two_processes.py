@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.distributed import set_threads, usable_cores
+from finetune.launcher import set_threads, usable_cores
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "tests" / "train" / "toy_run.py"

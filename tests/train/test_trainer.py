@@ -11,7 +11,7 @@ from toy_run import ToyBatches, build, recipe
 
 from finetune.adapter import ParameterGroup
 from finetune.errors import GuardError, UserError
-from finetune.train.guards import GradientWatch, require_one_home
+from finetune.train.guards import GradientWatch, NormGuard, require_one_home
 from finetune.train.trainer import Trainer
 
 
@@ -170,3 +170,11 @@ def test_a_gradient_may_be_zero_once_and_not_twice() -> None:
     gradients(parameters, {"a": 1.0, "b": 0.0, "c": 0.0})
     with pytest.raises(GuardError, match=r"gradient of c was zero in both"):
         watch.look()
+
+
+def test_overflows_in_a_row_end_a_float16_run() -> None:
+    guard = NormGuard(patience=3)
+    for norm in (1.0, float("inf"), float("nan"), 1.0, float("inf"), float("inf")):
+        guard.check(norm, 1, ["a.png"])
+    with pytest.raises(GuardError, match=r"gradient of step 7 is not finite.*a.png"):
+        guard.check(float("nan"), 7, ["a.png"])
