@@ -22,12 +22,12 @@ from finetune.denoise import PriorLoss, denoising_error, mixed_loss, pairwise_lo
 from finetune.distributed import start
 from finetune.families import load_family
 from finetune.finish import finish
-from finetune.train import Trainer, open_run, preview
+from finetune.train import Trainer, check_run, preview
 
 
 def main(recipe: Recipe) -> None:
     processes = start(recipe.train)
-    open_run(recipe, processes)
+    check_run(recipe, processes)
     family = load_family(recipe.model, recipe.train.min_snr_gamma, processes.device)
 
     # What the untouched model makes of the class is drawn first; then every picture and prompt is encoded once.

@@ -78,11 +78,20 @@ class RunFolder:
         return self.path / "report.html"
 
 
+def check_run(recipe: Recipe, processes: Processes) -> None:
+    """Refuse the output folder of another run. Writes nothing: call it before work that may still fail.
+
+    Raises:
+        UserError: the folder holds another run, or is no folder.
+    """
+    processes.on_main(lambda: _check(RunFolder(Path(recipe.output)), recipe))
+
+
 def open_run(recipe: Recipe, processes: Processes) -> RunFolder:
     """Make or find the run's folder, clear what an interrupted writer left, and write the recipe down.
 
     Raises:
-        UserError: the folder holds another run, or is no folder.
+        UserError: as ``check_run``.
     """
     folder = RunFolder(Path(recipe.output))
     processes.on_main(lambda: _open(folder, recipe))
@@ -105,7 +114,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
-def _open(folder: RunFolder, recipe: Recipe) -> None:
+def _check(folder: RunFolder, recipe: Recipe) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"output: {folder.path} is a file; a run needs a folder")
     if folder.lock.exists():
@@ -114,6 +123,10 @@ def _open(folder: RunFolder, recipe: Recipe) -> None:
         raise UserError(f"output: {folder.path} holds something of another run and no recipe.lock.yaml; {_ADVICE}")
     if not recipe.checkpoint.resume and any(folder.checkpoints.glob("step-*")):
         raise UserError(f"checkpoint.resume is false, but {folder.path} holds checkpoints; {_ADVICE}")
+
+
+def _open(folder: RunFolder, recipe: Recipe) -> None:
+    _check(folder, recipe)
     folder.path.mkdir(parents=True, exist_ok=True)
     for place in (folder.path, folder.checkpoints, folder.samples, folder.adapters):
         remove_partial(place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +21,7 @@ from finetune.train.checkpoint import Snapshot
 from finetune.train.ema import Ema
 from finetune.train.guards import GradientWatch, NormGuard, require_finite_losses, require_one_home
 from finetune.train.log import Log, peak_memory
-from finetune.train.run import RunFolder, fingerprint, versions
+from finetune.train.run import fingerprint, open_run, versions
 from finetune.train.signals import Signals
 
 _PATIENCE = 50  # float16 updates in a row whose gradients may overflow while the loss scale comes down
@@ -83,6 +82,7 @@ class Trainer:
 
     Raises:
         GuardError: a trained parameter is not in the optimizer exactly once, or there is none.
+        UserError: the output folder holds another run.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Trainer:
         loss: Callable[[Batch], Tensor | Losses],
     ) -> None:
         self.recipe, self.processes, self.adapter = recipe, processes, adapter
-        self.folder = RunFolder(Path(recipe.output))
+        self.folder = open_run(recipe, processes)
         self.step = 0
         networks.to(processes.device)
         self._groups = adapter.groups()
