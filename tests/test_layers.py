@@ -57,7 +57,7 @@ def imports(file: Path) -> Iterator[tuple[int, str, str]]:
             yield from ((node.lineno, parts[0], name) for name in below)
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield (node.lineno, *(alias.name.split(".") + [""])[:2])
+                yield (node.lineno, *[*alias.name.split("."), ""][:2])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

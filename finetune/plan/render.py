@@ -49,7 +49,8 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
         yield (
             "cache",
             [
-                f"{cache.kind}: {cache.present} of {cache.entries} are there, {size(cache.bytes)} in all, in {cache.folder}"
+                f"{cache.kind}: {cache.present} of {cache.entries} are there, {size(cache.bytes)} in all, "
+                f"in {cache.folder}"
                 for cache in plan.caches
             ],
         )

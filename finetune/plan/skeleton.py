@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from finetune.errors import UserError
 from finetune.family import ModelFamily
@@ -73,10 +76,35 @@ def activations(family: ModelFamily, resolution: int, batch: int, checkpointing:
     modes = {module: module.training for module in family.networks.modules()}
     family.networks.train()
     side = resolution // family.latent_scale
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.device("meta"),
+        _fused_attention(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         noisy = torch.empty(batch, vae.config.latent_channels, side, side)
         prompt = family.encode_prompt([""] * batch)
         family.predict(noisy, torch.zeros(batch), prompt, torch.zeros(batch, 6))
     for module, training in modes.items():
         module.training = training
     return sum(storage.nbytes() for storage in kept.values())
+
+
+class _Attention(torch.autograd.Function):
+    """The shapes of fused attention, and what it keeps: its inputs and its output, never the L x S matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Inside, attention counts as the fused kernels of real devices do; the meta device has none of them."""
+    real = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
