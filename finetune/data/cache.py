@@ -7,9 +7,11 @@ is read from the disk equals, bit for bit, what would be computed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from finetune import files
 
 VERSION = 1
 MEMORY = 2**30  # bytes of entries that a store keeps in memory
+STALE = 600  # seconds after which a temporary file is taken for an interrupted writer's
 
 Tensors = dict[str, Tensor]
 log = logging.getLogger(__name__)
@@ -34,6 +37,14 @@ class Counts:
     read: int = 0
     made: int = 0
     damaged: int = 0
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what interrupted writers left below ``folder``, but not what another run may be writing at this moment."""
+    for leftover in folder.rglob(f"{files.PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > STALE:
+                leftover.unlink()
 
 
 def key(kind: str, **settings: str | int | bool) -> str:

@@ -14,6 +14,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from finetune.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})  # 16 bit grey, in the names of Pillow's versions
+MODES = DEEP | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 SMALLEST_SIDE = 8  # pixels; anything smaller is an icon or a mistake
 
 
@@ -55,9 +57,16 @@ def inspect(path: Path) -> Facts:
         bytes=len(content),
         width=image.width,
         height=image.height,
-        transparent=image.has_transparency_data,
-        frames=getattr(image, "n_frames", 1),
+        transparent=image.has_transparency_data and image.mode not in DEEP,
+        frames=_frames(content),
     )
+
+
+def _frames(content: bytes) -> int:
+    try:
+        return getattr(Image.open(io.BytesIO(content)), "n_frames", 1)
+    except Exception:  # an animation that is broken after its first frame, the only one that is used
+        return 1
 
 
 def read(path: Path) -> bytes:
@@ -95,15 +104,12 @@ def decode(content: bytes, path: Path) -> Image.Image:
             raise UserError(f"{path}: is not a readable picture: {error}") from None
         _check_size(image, path)
         try:
-            frames = getattr(image, "n_frames", 1)
             image.load()
             upright = ImageOps.exif_transpose(image)
         except Exception as error:
             raise UserError(f"{path}: is broken or cut short ({len(content)} bytes): {error}") from None
-    if upright.mode == "F":
-        raise UserError(f"{path}: holds floating-point numbers; expected a picture of 8 or 16 bits")
-    if frames > 1:
-        upright.n_frames = frames  # type: ignore[attr-defined]
+    if upright.mode not in MODES:
+        raise UserError(f"{path}: has colours of kind {upright.mode!r}; expected RGB, grey, palette or CMYK")
     return upright
 
 
@@ -133,7 +139,7 @@ def grey(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith("I"):
+    if image.mode not in DEEP:
         return image
     values = np.asarray(image).astype(np.float64).clip(0, 65535) / 257  # 65535 / 257 = 255
     return Image.fromarray(values.round().astype(np.uint8))

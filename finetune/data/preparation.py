@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from finetune.config.schema import Recipe
 from finetune.data import prior, sources
 from finetune.data.batches import Batches
+from finetune.data.cache import remove_stale
 from finetune.data.encode import Latents, Prompts, shared
 from finetune.data.processes import Alone, Processes
 from finetune.data.sources import Concept, Picture
@@ -48,6 +50,10 @@ def prepare(
     processes = processes or Alone()
     check_resolution(recipe, family)
     concepts = sources.scan(recipe.data) if concepts is None else concepts
+    if recipe.prior.kind != "none":
+        prior.class_prompts(concepts)
+    if processes.rank == 0:
+        remove_stale(Path(recipe.data.cache.folder))
     processes.barrier()
     classes = prior.class_images(recipe, family, concepts, processes) if classes is None else classes
     trains = recipe.adapter.text_encoder if train_text_encoder is None else train_text_encoder

@@ -5,11 +5,9 @@ DreamBooth (Ruiz et al. 2023, https://arxiv.org/abs/2208.12242), section 3.3.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from rich.progress import track
 from finetune import files
 from finetune.config.schema import ImagesPrior, Recipe
 from finetune.data import decoding
-from finetune.data.cache import key
+from finetune.data.cache import key, remove_stale
 from finetune.data.processes import Alone, Processes
 from finetune.data.sources import Concept, Picture, picture_files, refuse
 from finetune.errors import GuardError, UserError
@@ -30,7 +28,6 @@ from finetune.randomness import generator
 from finetune.sampling import change_scheduler, inference
 
 MANIFEST = "manifest.json"
-STALE = 600  # seconds after which a temporary file is taken for an interrupted writer's
 log = logging.getLogger(__name__)
 
 
@@ -133,7 +130,7 @@ class ClassImages:
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         if processes.rank == 0:
-            _remove_stale(folder)
+            remove_stale(folder)
         missing = self._missing(folder)
         processes.barrier()  # nobody writes before everybody has looked
         share = [i for i in missing if i // self.prior.batch_size % processes.world == processes.rank]
@@ -211,11 +208,3 @@ def _whole(path: Path, sha256: str | None) -> bool:
         return files.sha256(path) == sha256 if sha256 else bool(decoding.inspect(path))
     except UserError:
         return False
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what interrupted writers left, but not what another run may be writing at this moment."""
-    for leftover in folder.glob(f"{files.PARTIAL}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > STALE:
-                leftover.unlink()

@@ -6,7 +6,6 @@ No torch here, so that ``finetune plan`` stays quick.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,10 +231,12 @@ def _notes(config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[
     moving = [picture.path.name for picture in pictures if picture.facts.frames > 1]
     if moving:
         notes.append(f"{config.folder}: only the first frame is used of {_some(moving)}")
-    twice = [sha for sha, count in Counter(picture.facts.sha256 for picture in pictures).items() if count > 1]
-    for sha in twice:
-        same = [picture.path.name for picture in pictures if picture.facts.sha256 == sha]
-        notes.append(f"{config.folder}: the same picture {len(same)} times: {_some(same)}")
+    alike: dict[str, list[str]] = {}
+    for picture in pictures:
+        alike.setdefault(picture.facts.sha256, []).append(picture.path.name)
+    again = [" = ".join(names) for names in alike.values() if len(names) > 1]
+    if again:
+        notes.append(f"{config.folder}: the same picture more than once: {_some(again)}")
     return notes
 
 

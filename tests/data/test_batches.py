@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -303,6 +304,25 @@ def test_the_model_as_prior_gets_class_captions_instead_of_pictures(
         assert torch.equal(batch.class_prompt.tokens[1], torch.randn(4, 3, generator=generator(0, "a star")))
 
 
+def test_the_model_as_prior_needs_a_class_prompt(make_recipe: Make, folder: Folder, fake: Any) -> None:
+    recipe = make_recipe(folder(2), prior={"kind": "model"}, concept={"class_prompt": None})
+    with pytest.raises(UserError, match="prior preservation needs class_prompt"):
+        prepare(recipe, fake())
+
+
+def test_what_an_interrupted_run_left_in_the_cache_is_removed(
+    make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path
+) -> None:
+    left = tmp_path / "cache" / "latents" / "ab" / ".partial-1234-abcd.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    prepare(make_recipe(folder(2)), fake())
+    assert left.exists()  # another run may be writing it
+    os.utime(left, (0, 0))
+    prepare(make_recipe(folder(2, "again")), fake())
+    assert not left.exists()
+
+
 def test_caption_dropout_spares_class_images(make_recipe: Make, folder: Folder, fake: Any) -> None:
     recipe = make_recipe(folder(3), prior=PRIOR, data={"caption_dropout": 0.5})
     drawn = [batch.captions for batch in itertools.islice(prepare(recipe, fake()), 100)]
@@ -336,7 +356,8 @@ def test_notes_tell_of_cut_captions_and_enlarged_pictures(
     counts = prepare(make_recipe(photos, data={"resolution": 32}), fake()).describe()
     assert counts["captions_cut"] == 1
     assert "3 of 3 pictures are smaller than 32 pixels and are enlarged" in counts["notes"]
-    assert "3 tokens are cut off" in caplog.text
+    assert "1 of 3 captions are too long" in caplog.text
+    assert "loses 3 tokens" in caplog.text
 
 
 def test_a_resolution_that_the_model_cannot_take(make_recipe: Make, folder: Folder, fake: Any) -> None:

@@ -116,7 +116,8 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "empty file": ("a.png", lambda path: path.write_bytes(b""), "is not a picture"),
     "bomb": ("a.png", bomb, "is too large; expected at most 178 million pixels"),
     "icon": ("a.png", lambda path: Image.new("RGB", (7, 300)).save(path), "7 x 300 pixels; expected at least 8"),
-    "float": ("a.tif", lambda path: Image.new("F", (16, 16)).save(path), "floating-point"),
+    "float": ("a.tif", lambda path: Image.new("F", (16, 16)).save(path), "colours of kind 'F'"),
+    "lab": ("a.tif", lambda path: Image.new("LAB", (16, 16)).save(path), "colours of kind 'LAB'"),
     "missing": ("a.png", lambda path: None, "cannot be read"),
 }
 

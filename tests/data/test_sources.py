@@ -73,7 +73,7 @@ def test_notes_count_what_a_person_should_know(folder: Folder) -> None:
     notes = " | ".join(scan_one(path, trigger="zib").notes)
     assert "2 entries ignored: 9.txt, notes.pdf" in notes
     assert "1 caption lacks the trigger 'zib': 1.png" in notes
-    assert "the same picture 2 times: 0.png, 2.png" in notes
+    assert "the same picture more than once: 0.png = 2.png" in notes
 
 
 def not_utf8(path: Path) -> None:
