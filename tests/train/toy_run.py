@@ -24,7 +24,7 @@ from finetune.config import Recipe
 from finetune.config.command import exit_codes
 from finetune.distributed import Processes, start
 from finetune.randomness import generator
-from finetune.train import Trainer, open_run
+from finetune.train import Trainer
 
 SHAPE = (4, 2, 2)
 
@@ -65,7 +65,7 @@ class ToyBatches:
 
     hashes: Mapping[str, str] = {f"{number}.png": "0" * 8 for number in range(7)}
 
-    def __init__(self, recipe: Recipe, processes: Processes, nan_at: tuple[int, int] | None = None) -> None:
+    def __init__(self, recipe: Recipe, processes: Processes, nan_at: tuple[int, ...] = ()) -> None:
         self.train, self.processes, self.nan_at = recipe.train, processes, nan_at
         self.seen: list[tuple[str, ...]] = []
 
@@ -127,7 +127,6 @@ def recipe(output: Path | str, **train: Any) -> Recipe:
 def build(recipe: Recipe, dropout: float = 0.3, last_rate: float | None = None) -> tuple[Trainer, nn.ModuleDict]:
     """A trainer, and its networks in the same random state every time."""
     processes = start(recipe.train)
-    open_run(recipe, processes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         networks = nn.ModuleDict({"denoiser": Denoiser(dropout)})
@@ -146,7 +145,7 @@ def main(path: Path) -> None:
     options = json.loads(path.read_text())
     run = Recipe.model_validate_json(json.dumps(options["recipe"]))
     trainer, _ = build(run, dropout=options.get("dropout", 0.3))
-    for batch in trainer.steps(ToyBatches(run, trainer.processes, options.get("nan_at"))):
+    for batch in trainer.steps(ToyBatches(run, trainer.processes, tuple(options.get("nan_at", ())))):
         trainer.update(batch)
         time.sleep(options.get("pause", 0))
         if [trainer.step, trainer.processes.rank] == options.get("signal_at"):
