@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _EMBEDDED = re.compile(r"tinyworld:subject/(\d+)")
-_SHOWN = 12  # pictures of a kind that the report shows at most
+_SHOWN = 24  # pictures of a kind that the report shows at most
 
 
 def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
@@ -71,29 +71,28 @@ def report(
     if judged:
         judged.write(folder.path)
     metrics = evaluation.read_metrics(folder.metrics)
-    page = evaluation.write_report(
-        folder.path,
-        ReportData(
-            title=_title(concept, recipe),
-            kind=_kind(recipe),
-            trigger=concept.config.trigger or "",
-            subject=[Captioned(_open(picture.path), picture.captions[0]) for picture in concept.pictures[:_SHOWN]],
-            class_images=[Captioned(_open(picture.path), picture.captions[0]) for picture in batches.classes[:_SHOWN]],
-            class_image_count=len(batches.classes),
-            evaluation=judged,
-            metrics=metrics,
-            snapshots=_snapshots(folder.samples, recipe.samples.prompts or batches.example_prompts),
-            exported=[_exported(one, folder.path) for one in verified],
-            commands=_commands(recipe, verified, asked),
-            recipe=lock(recipe),
-            facts={**machine(), **versions(), "processes": processes.describe()},
-            notes=batches.notes,
-            seconds=time.time() - psutil.Process().create_time(),
-            training_seconds=sum(row.get("seconds", 0.0) for row in metrics),
-            peak_memory=_peak_memory(),
-            **evaluation.shots(asked, before, after),
-        ),
+    data = ReportData(
+        title=_title(concept, recipe),
+        kind=_kind(recipe),
+        trigger=concept.config.trigger or "",
+        subject=[Captioned(_open(picture.path), picture.captions[0]) for picture in concept.pictures[:_SHOWN]],
+        class_images=[Captioned(_open(picture.path), picture.captions[0]) for picture in batches.classes[:_SHOWN]],
+        class_image_count=len(batches.classes),
+        evaluation=judged,
+        metrics=metrics,
+        snapshots=_snapshots(folder.samples, recipe.samples.prompts or batches.example_prompts),
+        exported=[_exported(one, folder.path) for one in verified],
+        commands=_commands(recipe, verified, asked),
+        recipe=lock(recipe),
+        facts={**machine(), **versions(), "processes": processes.describe()},
+        notes=batches.notes,
+        seconds=time.time() - psutil.Process().create_time(),
+        training_seconds=sum(row.get("seconds", 0.0) for row in metrics),
+        peak_memory=_peak_memory(),
+        **evaluation.shots(asked, before, after),
     )
+    evaluation.write_sheet(folder.path / "before-after.png", data)
+    page = evaluation.write_report(folder.path, data)
     if judged:
         processes.say(_figures(judged))
     processes.say(f"report: {page}")
@@ -165,7 +164,7 @@ def _snapshots(folder: Path, prompts: Sequence[str]) -> list[evaluation.Snapshot
 def _exported(one: Verification, run: Path) -> ExportedFile:
     found = identify(one.path)
     files = [one.path] if one.path.is_file() else [file for file in one.path.rglob("*") if file.is_file()]
-    checks = [evaluation.Check(f"{check.name}: {check.detail}", check.passed) for check in one.checks]
+    checks = [evaluation.Check(check.name, check.passed, check.detail) for check in one.checks]
     size = sum(file.stat().st_size for file in files)
     return ExportedFile(str(one.path.relative_to(run)), found.layout, size, checks)
 

@@ -74,8 +74,8 @@ class ConceptConfig(Section):
     """Pictures that belong together: a subject, a style."""
 
     folder: Text
-    """Pictures, with captions beside them or in `metadata.jsonl`; `tinyworld:subject/N` draws the embedded world's
-    subject N."""
+    """Pictures, with captions beside them or in `metadata.jsonl`; `tinyworld:subject/N` and
+    `tinyworld:style/N` draw one of the embedded world's."""
     prompt: Text | None = None
     """For pictures that have no caption of their own: "a photo of zib star"."""
     captions: Literal["auto", "sidecar", "metadata", "prompt"] = "auto"

@@ -1,15 +1,18 @@
-"""``tinyworld:subject/N`` as a folder of pictures: the embedded world's subjects, drawn when they are asked for."""
+"""``tinyworld:subject/N`` and ``tinyworld:style/N`` as folders of pictures, drawn when they are asked for."""
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from finetune import files
 from finetune.config.schema import ConceptConfig
 from finetune.errors import UserError
-from finetune.tinyworld.commands import write_subject
+from finetune.tinyworld.commands import write_style, write_subject
+from finetune.tinyworld.style import style
 from finetune.tinyworld.subject import subject
 
 SCHEME = "tinyworld:"
@@ -17,26 +20,32 @@ OWN_MASKS = "tinyworld"
 
 
 def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
-    """``config`` with a real folder, and with the subject's prompts, trigger and masks where it leaves them open.
+    """``config`` with a real folder, and with the prompts, trigger and masks of a subject where it leaves them open.
 
     Args:
-        config: its folder is ``tinyworld:subject/N``; ``masks: tinyworld`` asks for the world's own masks.
+        config: its folder is ``tinyworld:subject/N`` or ``tinyworld:style/N``; ``masks: tinyworld`` asks for a
+            subject's own masks.
         cache: the pictures are written below it.
 
     Raises:
         UserError: the folder names nothing of the embedded world.
     """
-    found = re.fullmatch(rf"{SCHEME}subject/(\d+)", config.folder)
+    found = re.fullmatch(rf"{SCHEME}(subject|style)/(\d+)", config.folder)
     if not found:
         raise UserError(
-            f"folder {config.folder!r}: no such thing in the embedded world; expected tinyworld:subject/N, N from 0"
+            f"folder {config.folder!r}: no such thing in the embedded world; "
+            "expected tinyworld:subject/N or tinyworld:style/N, N from 0"
         )
-    one = subject(int(found[1]))
-    folder = cache / "tinyworld" / f"subject-{one.seed}"
-    _publish(one.seed, folder)
+    kind, seed = found[1], int(found[2])
+    folder = cache / "tinyworld" / f"{kind}-{seed}"
+    _publish(partial(write_subject if kind == "subject" else write_style, seed), folder)
+    own = {"folder": str(folder / "instance"), "masks": config.masks}
+    if kind == "style":
+        return config.model_copy(update={**own, "trigger": config.trigger or style(seed).token})
+    one = subject(seed)
     return config.model_copy(
         update={
-            "folder": str(folder / "instance"),
+            **own,
             "masks": str(folder / "masks") if config.masks == OWN_MASKS else config.masks,
             "prompt": config.prompt or one.instance_prompt,
             "class_prompt": config.class_prompt or one.class_prompt,
@@ -45,14 +54,14 @@ def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
     )
 
 
-def _publish(seed: int, folder: Path) -> None:
-    """Write a subject's files where they are not there as they should be.
+def _publish(write: Callable[[Path], object], folder: Path) -> None:
+    """Write what ``write`` draws where they are not there as they should be.
 
     Drawing takes milliseconds, so it is done every time: what is left of an older version of the world never stays,
     and several processes can do it at once.
     """
     with tempfile.TemporaryDirectory() as drawn:
-        write_subject(seed, Path(drawn))
+        write(Path(drawn))
         for source in sorted(Path(drawn).rglob("*")):
             target = folder / source.relative_to(drawn)
             if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):

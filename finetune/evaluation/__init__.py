@@ -3,6 +3,7 @@
 - ``measures``: fidelity, diversity, prompt accuracy, intervals; pure functions over a judge's embeddings.
 - ``protocol``: the questions that a model is asked before and after training, and the figures of the answers.
 - ``report``: ``report.html``, one self-contained page.
+- ``sheet``: before and after on one picture.
 - ``study``: several subjects, methods and priors; ``python -m finetune.evaluation.study``.
 """
 
@@ -29,6 +30,7 @@ _HOME = {
     "read_metrics": "report",
     "shots": "report",
     "write_report": "report",
+    "write_sheet": "sheet",
 }
 
 __all__ = sorted(_HOME)

@@ -197,6 +197,13 @@ def test_the_embedded_world_brings_pictures_prompts_and_masks(tmp_path: Path) ->
     assert again == concept
 
 
+def test_embedded_style_is_drawn_with_its_trigger_in_every_caption(tmp_path: Path) -> None:
+    concept = scan_one(Path("tinyworld:style/3"), tmp_path)
+    assert len(concept.pictures) == 12
+    assert concept.config.trigger is not None
+    assert all(concept.config.trigger in picture.captions[0] for picture in concept.pictures)
+
+
 @pytest.mark.parametrize("name", ["tinyworld:subject/x", "tinyworld:subjekt/1", "tinyworld:"])
 def test_a_name_that_the_embedded_world_lacks(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected tinyworld:subject/N"):
