@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SEED = 0
@@ -25,20 +25,28 @@ class Budget:
 
     vae: int = 4000
     clip: int = 900
+    clip_sharp: int = 500
     judge: int = 2000
-    unet: int = 6500
+    unet_start: int = 2250
+    unet: int = 3000
     workers: int = 2
 
     def scaled(self, scale: float) -> Budget:
         """Every stage ``scale`` times as long."""
-        vae, clip, judge, unet = (max(1, round(s * scale)) for s in (self.vae, self.clip, self.judge, self.unet))
-        return Budget(vae, clip, judge, unet, self.workers)
+        steps = {name: max(1, round(count * scale)) for name, count in asdict(self).items() if name != "workers"}
+        return Budget(**steps, workers=self.workers)
 
 
 def stages(work: Path, budget: Budget) -> dict[str, Callable[[], None]]:
-    """What there is to do, in order."""
+    """What there is to do, in order.
+
+    The denoiser starts while the text tower still knows no fills, and goes on with the sharpened one: a short start
+    with what is easy, backgrounds, colours and places, saves time, and it is how the shipped files came about.
+    """
     from finetune.tinyworld.training import clip, data, judge, latents, unet, vae
     from finetune.tinyworld.training.fit import in_workers
+
+    workers = budget.workers
 
     def pictures() -> None:
         data.training_scenes(work / "data")
@@ -46,11 +54,19 @@ def stages(work: Path, budget: Budget) -> dict[str, Callable[[], None]]:
 
     return {
         "data": pictures,
-        "vae": lambda: in_workers(vae.train, budget.workers, work / "vae", budget.vae, 32, SEED),
+        "vae": lambda: in_workers(vae.train, workers, work / "vae", budget.vae, 32, SEED),
         "clip": lambda: in_workers(clip.train, 1, work / "clip", budget.clip, 96, SEED),
+        "clip-sharp": lambda: in_workers(
+            clip.train, workers, work / "clip-sharp", budget.clip_sharp, 96, SEED + 1, "clip"
+        ),
         "judge": lambda: in_workers(judge.train, 1, work / "judge", budget.judge, 128, SEED),
         "latents": lambda: latents.encode(work / "latents", work / "vae" / "model"),
-        "unet": lambda: in_workers(unet.train, budget.workers, work / "unet", budget.unet, 32, SEED),
+        "unet-start": lambda: in_workers(
+            unet.train, workers, work / "unet-start", budget.unet_start, 32, SEED, "clip", "", 1.0
+        ),
+        "unet": lambda: in_workers(
+            unet.train, workers, work / "unet", budget.unet, 32, SEED + 1, "clip-sharp", "unet-start"
+        ),
     }
 
 
@@ -75,7 +91,7 @@ def build(work: Path, out: Path, budget: Budget, say: Callable[[str], None] = pr
         record.write_text(json.dumps(minutes, indent=1) + "\n")
         say(f"{name}: {minutes[name]} minutes")
     export(work, out)
-    steps = f"vae {budget.vae}, clip {budget.clip}, judge {budget.judge}, unet {budget.unet}"
+    steps = ", ".join(f"{name} {count}" for name, count in asdict(budget).items())
     card.write(out, seed=SEED, steps=steps, machine=machine(), minutes=minutes)
     return minutes
 
@@ -90,7 +106,7 @@ def export(work: Path, out: Path) -> int:
     from finetune.tinyworld.training import export as writing
 
     writing.save(writing.pipeline(work), out / "base")
-    writing.save_towers(work / "clip" / "model", out / "clip")
+    writing.save_towers(work / writing.CLIP / "model", out / "clip")
     (out / "judge").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / "judge" / "model" / "judge.safetensors", out / "judge" / "judge.safetensors")
     size = shipped_bytes(out)

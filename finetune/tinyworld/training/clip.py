@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from finetune.tinyworld.tokenizer import LENGTH, build
 from finetune.tinyworld.training import data
 from finetune.tinyworld.training.fit import Plan, fit
 from finetune.tinyworld.vision import Eye, spoil
+from finetune.tinyworld.world import FACTORS
 
 WIDTH, JOINT = 128, 64
 
@@ -69,14 +71,22 @@ def contrastive_loss(model: Clip, pictures: Tensor, ids: Tensor) -> Tensor:
     return 0.5 * (rows - (target * similar.T.log_softmax(1)).sum(1).mean())
 
 
-def train(folder: Path, steps: int, batch: int, seed: int) -> None:
-    """Train to ``folder/model``."""
+def train(folder: Path, steps: int, batch: int, seed: int, start: str = "") -> None:
+    """Train to ``folder/model``, from random weights or from those of the stage ``start``.
+
+    Towers that have had a start are sharpened: in every other batch all scenes have one shape and one colour, so that
+    only what is hard to see, the fill above all, can tell them apart.
+    """
     scenes, tokenizer = data.training_scenes(folder.parent / "data"), build()
+    kinds = scenes.factors[:, 0] * len(FACTORS["colour"]) + scenes.factors[:, 1]
     torch.manual_seed(seed)
-    model = Clip()
+    model = load(folder.parent / start).train().requires_grad_(True) if start else Clip()
 
     def loss_of(network: nn.Module, step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(scenes), (batch,), generator=generator).tolist()
+        if start and step % 2:
+            alike = np.flatnonzero(kinds == kinds[rows[0]])
+            rows = alike[torch.randperm(len(alike), generator=generator)[:batch].numpy()].tolist()
         key = int(torch.randint(2**31, (), generator=generator))
         words = [
             captions.caption(data.named_factors(scenes.factors[row]), world.rng("clip", key, row))[0] for row in rows
@@ -87,12 +97,10 @@ def train(folder: Path, steps: int, batch: int, seed: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return contrastive_loss(network, seen, ids).float()  # type: ignore[arg-type]
 
-    save(
-        fit(
-            model, loss_of, Plan(steps, 1e-3, warmup=steps // 10, hold=0.1, average=0.99, decay=0.05, seed=seed), folder
-        ),
-        folder,
-    )
+    plan = Plan(steps, 1e-3, warmup=steps // 10, hold=0.1, average=0.99, decay=0.05, seed=seed)
+    trained = fit(model, loss_of, plan, folder)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        save(trained, folder)
 
 
 def save(model: nn.Module, folder: Path) -> None:

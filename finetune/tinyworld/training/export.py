@@ -16,13 +16,15 @@ from finetune.tinyworld.training import latents
 from finetune.tinyworld.training.unet import build_scheduler
 
 WEIGHTS = ("unet", "vae", "text_encoder")
+CLIP = "clip-sharp"
+"""The stage whose text encoder is shipped."""
 
 
 def pipeline(work: Path, unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
     """The base as trained so far, its weights rounded to float16 and computed in float32."""
     vae: Any = AutoencoderKL.from_pretrained(work / "vae" / "model")
     vae.register_to_config(scaling_factor=latents.load(work / "latents")[2])
-    text: Any = CLIPTextModel.from_pretrained(work / "clip" / "model" / "text_encoder")
+    text: Any = CLIPTextModel.from_pretrained(work / CLIP / "model" / "text_encoder")
     denoiser: Any = unet if unet is not None else UNet2DConditionModel.from_pretrained(work / "unet" / "model")
     parts = [latents.rounded(part).eval().requires_grad_(False) for part in (vae, text, denoiser)]
     return StableDiffusionPipeline(

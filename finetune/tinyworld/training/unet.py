@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +84,21 @@ def weight_of(snr: Tensor) -> Tensor:
 
 
 def train(
-    folder: Path, steps: int, batch: int, seed: int, at_save: Callable[[nn.Module, int], None] | None = None
+    folder: Path, steps: int, batch: int, seed: int, clip: str = "clip", start: str = "", hold: float = 0.6
 ) -> None:
-    """Train to ``folder/model`` from the latents and the text encoder beside ``folder``."""
+    """Train to ``folder/model`` on the latents beside ``folder``, with the text encoder of the stage ``clip``.
+
+    The weights are random at first, or those of the stage ``start``.
+    """
     scenes = data.training_scenes(folder.parent / "data")
     mean, logvar, scale = latents.load(folder.parent / "latents")
     tokenizer = build_tokenizer()
-    text: Any = CLIPTextModel.from_pretrained(folder.parent / "clip" / "model" / "text_encoder")
+    text: Any = CLIPTextModel.from_pretrained(folder.parent / clip / "model" / "text_encoder")
     text = latents.rounded(text).eval().requires_grad_(False)
     signal = build_scheduler().alphas_cumprod
     torch.manual_seed(seed)
-    unet = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet: Any = UNet2DConditionModel.from_pretrained(folder.parent / start / "model") if start else build()
+    unet = unet.train().to(memory_format=torch.channels_last)
 
     def loss_of(network: nn.Module, step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(scenes), (batch,), generator=generator)
@@ -107,7 +110,7 @@ def train(
         context = text(ids).last_hidden_state
         return velocity_loss(network, clean, context, signal, generator)
 
-    averaged: Any = fit(unet, loss_of, Plan(steps, 8e-4, hold=0.7, average=0.999, seed=seed), folder, at_save=at_save)
+    averaged: Any = fit(unet, loss_of, Plan(steps, 8e-4, hold=hold, average=0.999, seed=seed), folder)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         averaged.save_pretrained(folder / "model")
 
