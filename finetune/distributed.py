@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from finetune.config.schema import TrainConfig
 from finetune.errors import GuardError, Stopped, UserError
@@ -53,8 +54,7 @@ class Processes:
 
     def describe(self) -> str:
         """What this run really is, in a line: ``2 processes (DDP, gloo), cpu, 1 thread each, float32``."""
-        state = self._accelerator.state
-        engine = f" (DDP, {state.backend})" if self.world > 1 else ""
+        engine = f" (DDP, {self._accelerator.state.backend})" if self.world > 1 else ""
         precision = {"no": "float32"}.get(self._accelerator.mixed_precision, self._accelerator.mixed_precision)
         each = _count(self.threads, "thread") + (" each" if self.world > 1 else "")
         return f"{_count(self.world, 'process')}{engine}, {self._device_name()}, {each}, {precision}"
@@ -108,15 +108,16 @@ class Processes:
         """
         if self.world == 1:
             return function()
-        outcome: tuple[Any, Exception | None] = (None, None)
+        result: Any = None
+        failure: Exception | None = None
         if self.is_main:
             try:
-                outcome = (function(), None)
+                result = function()
             except Exception as error:
-                outcome = (None, error)
-        result, failure = self.broadcast(outcome if self.is_main and outcome[1] is None else _portable(outcome))
-        if failure is not None:
-            raise failure
+                failure = error
+        result, told = self.broadcast((result, _portable(failure)))
+        if told is not None:
+            raise failure or told
         return result
 
     def engine(self, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
@@ -134,6 +135,8 @@ class Engine:
         self._accelerator = accelerator
         self._plain = optimizer
         self._trainee, self._optimizer = accelerator.prepare(trainee, optimizer)
+        if accelerator.num_processes > 1 and not isinstance(self._trainee, DistributedDataParallel):
+            raise GuardError("the processes would not share their gradients: accelerate has wrapped nothing")
 
     @property
     def boundary(self) -> bool:
@@ -196,12 +199,12 @@ def start(train: TrainConfig | None = None) -> Processes:
     if train.mixed_precision == "fp16" and on_cpu:
         raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
     _forget_earlier_runs()
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
         timeout = datetime.timedelta(hours=2)  # others wait while the main process draws class images
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
     accelerator = Accelerator(
-        cpu=train.device == "cpu",
+        cpu=on_cpu,  # unless told, accelerate takes two processes without GPU for two runs, and averages nothing
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         kwargs_handlers=handlers,
@@ -237,12 +240,11 @@ def _require_what_was_asked(processes: Processes) -> None:
         )
 
 
-def _portable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
+def _portable(failure: Exception | None) -> Exception | None:
     """An error that can travel: one of ours as it is, any other as its words."""
-    result, failure = outcome
     if failure is None or isinstance(failure, UserError | GuardError | Stopped):
-        return outcome
-    return result, RuntimeError(f"the main process failed: {type(failure).__name__}: {failure}")
+        return failure
+    return RuntimeError(f"the main process failed: {type(failure).__name__}: {failure}")
 
 
 def _count(number: int, what: str) -> str:

@@ -51,7 +51,6 @@ def lora_recipe(output: Path, tiny: Path, text_encoder: bool = False) -> Recipe:
     return base.model_copy(
         update={
             "recipe": "lora",
-            "recipe": "lora",
             "adapter": LoraConfig(kind="lora", rank=2, dropout=0.5, targets="cross-kv", text_encoder=text_encoder),
             "data": base.data.model_copy(update={"resolution": 16}),
             "model": ModelConfig(path=str(tiny)),
