@@ -25,21 +25,25 @@ STYLE_SCENES, STYLE_HELDOUT = 12, 8
 def write_subject(seed: int, out: Path) -> list[Path]:
     """Draw a never-seen subject.
 
-    ``instance/00.png … 04.png`` with sidecar captions, ``masks/`` of the same names (255 = object), ``heldout/`` with
+    ``instance/00.png … 04.png`` with ``metadata.jsonl``, ``masks/`` of the same names (255 = object), ``heldout/`` with
     ``metadata.jsonl`` and ``masks/``, and ``subject.json``: seed, class word, rare token, prompts.
+
+    An instance picture has two captions, of which a draw takes one: the bare instance prompt, and the same with the
+    place and background. With the bare one alone a model takes the five backgrounds for a part of the subject; with the
+    other alone it takes the words for a place as a sign of it.
 
     Raises:
         UserError: for a negative seed, or when ``out`` holds something else already.
     """
     one = subject(seed)
     _claim(out, "subject.json", seed)
-    written = []
+    written: list[Path] = []
+    lines: list[dict[str, Any]] = []
     for at, scene in enumerate(instance_scenes(one)):
         picture, mask = one.render(scene)
-        text = out / "instance" / f"{at:02d}.txt"
-        written += [_save(picture, text.with_suffix(".png")), _save(mask, out / "masks" / f"{at:02d}.png")]
-        text.write_text(prompt_of(one, scene)[0] + "\n", encoding="utf-8")
-        written.append(text)
+        written += [_save(picture, out / "instance" / f"{at:02d}.png"), _save(mask, out / "masks" / f"{at:02d}.png")]
+        lines.append({"file_name": f"{at:02d}.png", "text": [one.instance_prompt, prompt_of(one, scene)[0]]})
+    written.append(_write_lines(out / "instance" / "metadata.jsonl", lines))
     lines = []
     for at, scene in enumerate(new_scenes(one, HELDOUT)):
         picture, mask = one.render(scene)

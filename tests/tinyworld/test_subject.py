@@ -87,8 +87,12 @@ def test_write_subject_writes_pictures_captions_masks_and_facts(tmp_path: Path) 
     assert facts["instance_prompt"].split()[-2:] == [facts["token"], facts["class"]]
     names = sorted(path.name for path in (out / "instance").glob("*.png"))
     assert names == [f"{at:02d}.png" for at in range(5)] == sorted(path.name for path in (out / "masks").iterdir())
-    for at in range(5):
-        assert f"{facts['token']} {facts['class']}" in (out / "instance" / f"{at:02d}.txt").read_text()
+    taught = [json.loads(line) for line in (out / "instance" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in taught] == names
+    for line in taught:
+        bare, placed = line["text"]
+        assert bare == facts["instance_prompt"]
+        assert placed.startswith(bare + " ")
     lines = [json.loads(line) for line in (out / "heldout" / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     assert all((out / "heldout" / line["file_name"]).exists() for line in lines)
