@@ -26,9 +26,11 @@ class Budget:
     vae: int = 4000
     clip: int = 900
     clip_sharp: int = 500
+    clip_fill: int = 400
     judge: int = 2000
     unet_start: int = 2250
-    unet: int = 3000
+    unet_middle: int = 1500
+    unet: int = 2000
     workers: int = 2
 
     def scaled(self, scale: float) -> Budget:
@@ -40,34 +42,35 @@ class Budget:
 def stages(work: Path, budget: Budget) -> dict[str, Callable[[], None]]:
     """What there is to do, in order.
 
-    The denoiser starts while the text tower still knows no fills, and goes on with the sharpened one: a short start
-    with what is easy, backgrounds, colours and places, saves time, and it is how the shipped files came about.
+    The text tower is trained in three stages, because the first two did not tell fills apart well enough; the denoiser
+    goes along, each of its stages with the newest tower. That is how the shipped files came about.
     """
     from finetune.tinyworld.training import clip, data, judge, latents, unet, vae
     from finetune.tinyworld.training.fit import in_workers
 
-    workers = budget.workers
+    many = budget.workers
 
     def pictures() -> None:
         data.training_scenes(work / "data")
         data.training_individuals(work / "data")
 
-    return {
+    def stage(name: str, run: Callable[..., None], workers: int, *arguments: object) -> Callable[[], None]:
+        return lambda: in_workers(run, workers, work / name, *arguments)
+
+    listed = {
         "data": pictures,
-        "vae": lambda: in_workers(vae.train, workers, work / "vae", budget.vae, 32, SEED),
-        "clip": lambda: in_workers(clip.train, 1, work / "clip", budget.clip, 96, SEED),
-        "clip-sharp": lambda: in_workers(
-            clip.train, workers, work / "clip-sharp", budget.clip_sharp, 96, SEED + 1, "clip"
-        ),
-        "judge": lambda: in_workers(judge.train, 1, work / "judge", budget.judge, 128, SEED),
+        "vae": stage("vae", vae.train, many, budget.vae, 32, SEED),
+        "judge": stage("judge", judge.train, 1, budget.judge, 128, SEED),
         "latents": lambda: latents.encode(work / "latents", work / "vae" / "model"),
-        "unet-start": lambda: in_workers(
-            unet.train, workers, work / "unet-start", budget.unet_start, 32, SEED, "clip", "", 1.0
-        ),
-        "unet": lambda: in_workers(
-            unet.train, workers, work / "unet", budget.unet, 32, SEED + 1, "clip-sharp", "unet-start"
-        ),
+        "clip": stage("clip", clip.train, 1, budget.clip, 96, SEED),
+        "clip-sharp": stage("clip-sharp", clip.train, many, budget.clip_sharp, 96, SEED + 1, "clip"),
+        "clip-fill": stage("clip-fill", clip.train, many, budget.clip_fill, 96, SEED + 2, "clip-sharp", True),
+        "unet-start": stage("unet-start", unet.train, many, budget.unet_start, 32, SEED, "clip", "", 1.0),
     }
+    middle, last = (budget.unet_middle, 32, SEED + 1), (budget.unet, 32, SEED + 2)
+    listed["unet-middle"] = stage("unet-middle", unet.train, many, *middle, "clip-sharp", "unet-start", 1.0)
+    listed["unet"] = stage("unet", unet.train, many, *last, "clip-fill", "unet-middle", 0.5)
+    return listed
 
 
 def build(work: Path, out: Path, budget: Budget, say: Callable[[str], None] = print) -> dict[str, float]:

@@ -6,8 +6,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
+from finetune.tinyworld import captions, world
 from finetune.tinyworld.training import clip, data, judge, latents, unet, vae
 from finetune.tinyworld.training.fit import Plan, fit, generator_for, rate_at
+from finetune.tinyworld.world import Scene
 
 
 def line(network: nn.Module, step: int, generator: torch.Generator) -> Tensor:
@@ -91,6 +93,24 @@ def test_contrastive_loss_is_log_of_the_batch_for_towers_that_see_nothing() -> N
     ids = torch.randint(0, 500, (8, 24))
     loss = clip.contrastive_loss(model, torch.rand(8, 3, 64, 64), ids)
     assert float(loss) == pytest.approx(torch.tensor(8.0).log().item(), abs=1e-4)
+
+
+def test_a_wrong_caption_raises_the_loss_unless_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    model, ids, pictures = clip.Clip(), torch.randint(0, 500, (4, 24)), torch.rand(4, 3, 64, 64)
+    plain = clip.contrastive_loss(model, pictures, ids)
+    assert clip.contrastive_loss(model, pictures, torch.cat([ids, ids])) == plain
+    assert clip.contrastive_loss(model, pictures, torch.cat([ids, ids.flip(0)])) > plain
+
+
+def test_a_misnamed_caption_is_wrong_in_one_factor_and_in_the_fill_where_it_names_one() -> None:
+    for index in range(200):
+        scene = Scene.draw(6, index)
+        text, named = captions.caption(scene.factors, world.rng("right", index))
+        read = captions.parse(clip.misnamed(text, named, world.rng("wrong", index)))
+        differ = [name for name in named if read[name] != named[name]]
+        assert differ == (["fill"] if "fill" in named else differ[:1])
+        assert bool(differ) == bool(named)
 
 
 def test_individuals_are_told_apart_by_their_pairs() -> None:

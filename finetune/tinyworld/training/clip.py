@@ -63,19 +63,43 @@ class Clip(nn.Module):
 
 
 def contrastive_loss(model: Clip, pictures: Tensor, ids: Tensor) -> Tensor:
-    """Symmetric InfoNCE; two equal captions in a batch are not asked to differ."""
-    similar = model.scale.exp().clamp(max=50) * model.embed_images(pictures) @ model.embed_text(ids).T
-    same = (ids[:, None] == ids[None]).all(-1).float()
+    """Symmetric InfoNCE; two equal captions in a batch are not asked to differ.
+
+    Args:
+        pictures: float (B, 3, 64, 64) in [0, 1].
+        ids: token ids (B, 24), or (2B, 24) where the second half holds a wrong caption of each picture.
+    """
+    count = len(pictures)
+    scale, seen, read = model.scale.exp().clamp(max=50), model.embed_images(pictures), model.embed_text(ids)
+    similar = scale * seen @ read[:count].T
+    same = (ids[:count, None] == ids[None, :count]).all(-1).float()
     target = same / same.sum(1, keepdim=True)
-    rows = -(target * similar.log_softmax(1)).sum(1).mean()
-    return 0.5 * (rows - (target * similar.T.log_softmax(1)).sum(1).mean())
+    columns = -(target * similar.T.log_softmax(1)).sum(1).mean()
+    if len(ids) > count:
+        own = scale * (seen * read[count:]).sum(-1, keepdim=True)
+        own = own.masked_fill((ids[count:] == ids[:count]).all(-1, keepdim=True), float("-inf"))
+        similar = similar - torch.cat([similar, own], 1).logsumexp(1, keepdim=True)
+    else:
+        similar = similar.log_softmax(1)
+    return 0.5 * (columns - (target * similar).sum(1).mean())
 
 
-def train(folder: Path, steps: int, batch: int, seed: int, start: str = "") -> None:
+def misnamed(text: str, named: dict[str, str], generator: np.random.Generator) -> str:
+    """The caption with one of the named values exchanged: the fill where it is named; unchanged if it names nothing."""
+    if not named:
+        return text
+    name = "fill" if "fill" in named else sorted(named)[int(generator.integers(len(named)))]
+    others = [value for value in FACTORS[name] if value != named[name]]
+    other = others[int(generator.integers(len(others)))]
+    return f" {text} ".replace(f" {named[name]} ", f" {other} ", 1).strip()
+
+
+def train(folder: Path, steps: int, batch: int, seed: int, start: str = "", wrong: bool = False) -> None:
     """Train to ``folder/model``, from random weights or from those of the stage ``start``.
 
     Towers that have had a start are sharpened: in every other batch all scenes have one shape and one colour, so that
-    only what is hard to see, the fill above all, can tell them apart.
+    only what is hard to see, the fill above all, can tell them apart. With ``wrong`` every picture also has to tell its
+    caption from one that is wrong in a single word (Yuksekgonul et al. 2023), in the fill where it names one.
     """
     scenes, tokenizer = data.training_scenes(folder.parent / "data"), build()
     kinds = scenes.factors[:, 0] * len(FACTORS["colour"]) + scenes.factors[:, 1]
@@ -88,9 +112,11 @@ def train(folder: Path, steps: int, batch: int, seed: int, start: str = "") -> N
             alike = np.flatnonzero(kinds == kinds[rows[0]])
             rows = alike[torch.randperm(len(alike), generator=generator)[:batch].numpy()].tolist()
         key = int(torch.randint(2**31, (), generator=generator))
-        words = [
-            captions.caption(data.named_factors(scenes.factors[row]), world.rng("clip", key, row))[0] for row in rows
-        ]
+        factors = [data.named_factors(scenes.factors[row]) for row in rows]
+        said = [captions.caption(named, world.rng("clip", key, row)) for named, row in zip(factors, rows, strict=True)]
+        words = [text for text, _ in said]
+        if wrong:
+            words += [misnamed(*each, world.rng("wrong", key, row)) for each, row in zip(said, rows, strict=True)]
         ids = tokenizer(words, padding="max_length", return_tensors="pt").input_ids
         pictures = torch.stack([torch.from_numpy(scenes.pictures[row].copy()) for row in rows])
         seen = spoil(pictures.permute(0, 3, 1, 2).float() / 255, generator)

@@ -16,7 +16,7 @@ from finetune.tinyworld.training import latents
 from finetune.tinyworld.training.unet import build_scheduler
 
 WEIGHTS = ("unet", "vae", "text_encoder")
-CLIP = "clip-sharp"
+CLIP = "clip-fill"
 """The stage whose text encoder is shipped."""
 
 
