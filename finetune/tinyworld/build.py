@@ -112,6 +112,7 @@ def export(work: Path, out: Path) -> int:
     writing.save_towers(work / writing.CLIP / "model", out / "clip")
     (out / "judge").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / "judge" / "model" / "judge.safetensors", out / "judge" / "judge.safetensors")
+    (out / "judge" / "judge.safetensors").chmod(0o644)
     size = shipped_bytes(out)
     if size >= LIMIT:
         raise GuardError(f"{out}: the shipped files hold {size:,} bytes together; expected less than {LIMIT:,}")

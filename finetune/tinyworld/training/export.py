@@ -89,4 +89,5 @@ def save_towers(trained: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     towers = {key: value.half() for key, value in load_file(trained / "towers.safetensors").items()}
     save_file(towers, folder / "towers.safetensors")
+    (folder / "towers.safetensors").chmod(0o644)
     (folder / "towers.json").write_text((trained / "towers.json").read_text())
