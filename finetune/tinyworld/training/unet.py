@@ -1,4 +1,4 @@
-"""The denoiser: SD 1's layout at a 400th of its size, v-prediction, trained on the latents of the world."""
+"""The denoiser: SD 1's layout at a 160th of its size, v-prediction, trained on the latents of the world."""
 
 from __future__ import annotations
 
