@@ -27,7 +27,7 @@ from finetune.evaluation.protocol import Evaluation
 
 METHODS: dict[str, tuple[str, ...]] = {  # what each changes in the recipe
     "lora": (),
-    "full": ("adapter.kind=full", "train.learning_rate=2.0e-4"),
+    "full": ("adapter.kind=full", "train.learning_rate=3.0e-4"),
 }
 PRIORS: dict[str, tuple[str, ...]] = {
     "images": (),
