@@ -138,6 +138,8 @@ def section(
         f"{machine['processor']}, {machine['memory']}; "
         + ", ".join(f"{name} {version}" for name, version in libraries.items())
         + ".",
+        "",
+        f"    {where['study']['command']}",
     ]
     return "\n".join(lines)
 

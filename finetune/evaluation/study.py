@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -129,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GuardError as error:
         print(error, file=sys.stderr)
         return 4
-    where = {"machine": machine(), "versions": versions()}
+    said = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "finetune.evaluation.study", *said])
+    where = {"machine": machine(), "versions": versions(), "study": {"command": command}}
     summary = findings.summarise(found)
     claims = findings.claims(found)
     record = {**where, "runs": [asdict(one) for one in found], "claims": [asdict(one) for one in claims]}
