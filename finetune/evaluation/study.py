@@ -10,8 +10,8 @@ no setting was chosen by.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from finetune import files
 from finetune.errors import GuardError, UserError, nearest
@@ -163,12 +165,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _watched(command: Sequence[str], log: Path) -> tuple[int, int]:
-    """Run a command with its output in ``log``; exit code and the most memory that it held, in bytes."""
+    """Run a command with its output in ``log``; exit code and the most memory that it held, in bytes.
+
+    Looked at while it runs: what the system remembers of an ended child may be the memory of the parent it began as.
+    """
+    peak = 0
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                peak = max(peak, process.memory_info().rss)
+            time.sleep(0.05)
+    return process.returncode, peak
 
 
 if __name__ == "__main__":
