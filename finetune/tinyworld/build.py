@@ -30,8 +30,14 @@ class Budget:
     judge: int = 2000
     unet_start: int = 2250
     unet_middle: int = 1500
-    unet: int = 2000
+    unet_late: int = 2000
+    unet: int = 2750
     workers: int = 2
+
+    @property
+    def denoiser(self) -> tuple[int, int, int]:
+        """Steps of the denoiser's stages after the first."""
+        return self.unet_middle, self.unet_late, self.unet
 
     def scaled(self, scale: float) -> Budget:
         """Every stage ``scale`` times as long."""
@@ -67,9 +73,10 @@ def stages(work: Path, budget: Budget) -> dict[str, Callable[[], None]]:
         "clip-fill": stage("clip-fill", clip.train, many, budget.clip_fill, 96, SEED + 2, "clip-sharp", True),
         "unet-start": stage("unet-start", unet.train, many, budget.unet_start, 32, SEED, "clip", "", 1.0),
     }
-    middle, last = (budget.unet_middle, 32, SEED + 1), (budget.unet, 32, SEED + 2)
+    middle, late, last = ((steps, 32, SEED + n) for n, steps in enumerate(budget.denoiser, 1))
     listed["unet-middle"] = stage("unet-middle", unet.train, many, *middle, "clip-sharp", "unet-start", 1.0)
-    listed["unet"] = stage("unet", unet.train, many, *last, "clip-fill", "unet-middle", 0.5)
+    listed["unet-late"] = stage("unet-late", unet.train, many, *late, "clip-fill", "unet-middle", 0.5)
+    listed["unet"] = stage("unet", unet.train, many, *last, "clip-fill", "unet-late", 0.6364)
     return listed
 
 

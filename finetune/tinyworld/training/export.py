@@ -48,9 +48,12 @@ def save(base: StableDiffusionPipeline, folder: Path) -> None:
             halves = {key: value.half() if value.is_floating_point() else value for key, value in stored.items()}
             save_file(halves, path, metadata={"format": "pt"})
             path.chmod(0o644)
-    config = folder / "text_encoder" / "config.json"
-    entries = json.loads(config.read_text()) | {"dtype": "float32"}
-    config.write_text(json.dumps(entries, indent=2) + "\n")
+    for config in folder.glob("*/config.json"):
+        entries = json.loads(config.read_text())
+        entries.pop("_name_or_path", None)  # where it was trained is nobody's business
+        if config.parent.name == "text_encoder":
+            entries["dtype"] = "float32"
+        config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def load(folder: Path | None = None) -> StableDiffusionPipeline:
