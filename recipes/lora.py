@@ -5,6 +5,9 @@
 For a style, a set of things, or a subject where nothing needs to be held in place; for one subject from a handful of
 pictures, `recipes/dreambooth.py` adds prior preservation.
 
+`adapter.kind` may be `lora`, with its variants DoRA, rsLoRA, LoRA+ and PiSSA, or `lokr`, `loha` or `oft`: they differ
+in what a change may look like; docs/methods/lora-family.md tells which is for what.
+
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, https://arxiv.org/abs/2106.09685
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -41,6 +41,24 @@ def select(
     return [name for name in names if name in chosen]
 
 
+def ranks_of(names: Iterable[str], rank: int, own: Mapping[str, int]) -> dict[str, int]:
+    """The rank of each of ``names``, ``<network>.<module path>``: that of the first pattern that matches a whole path.
+
+    Raises:
+        UserError: a pattern is no regular expression, or matches no path.
+    """
+    compiled = {_compile("adapter.ranks", pattern): size for pattern, size in own.items()}
+    paths = {name: name.split(".", 1)[1] for name in names}
+    for pattern in compiled:
+        if not any(pattern.fullmatch(path) for path in paths.values()):
+            hint = _hint(pattern.pattern, {}, list(paths.values()))
+            raise UserError(f"adapter.ranks: {pattern.pattern!r} matches none of the adapted layers{hint}")
+    return {
+        name: next((size for pattern, size in compiled.items() if pattern.fullmatch(path)), rank)
+        for name, path in paths.items()
+    }
+
+
 def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Raise UserError unless both hold the same names with the same shapes."""
     if missing := sorted(expected.keys() - found.keys()):
@@ -68,4 +86,5 @@ def _hint(entry: str, presets: Presets, names: Sequence[str]) -> str:
             return f"; it must match whole names such as {found!r}: try {attempt!r}"
     levels = {level for name in names for level in name.split(".") if not level.isdigit()}
     close = nearest(entry.removeprefix(".*").lstrip("\\."), [*presets, *levels, *names])
-    return close if "did you mean" in close else f"; presets: {', '.join(sorted(presets))}; a name is {names[0]!r}"
+    known = f"; presets: {', '.join(sorted(presets))}" if presets else ""
+    return close if "did you mean" in close else f"{known}; a name is {names[0]!r}"

@@ -12,7 +12,8 @@ from torch import Tensor
 from finetune.adapters import attach
 from finetune.adapters.full import Full
 from finetune.batch import Conditioning
-from finetune.config.schema import FullConfig, ModelConfig
+from finetune.config.adapters import FullConfig
+from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import load_family
 from finetune.family import ModelFamily

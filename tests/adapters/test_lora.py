@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from finetune.adapters import attach
 from finetune.adapters.lora import Lora
 from finetune.batch import Conditioning
-from finetune.config.schema import LoraConfig, ModelConfig
+from finetune.config.adapters import LoraConfig
+from finetune.config.schema import ModelConfig, OptimizerConfig
 from finetune.errors import UserError
 from finetune.families import load_family
 from finetune.family import ModelFamily
 from finetune.randomness import generator
+from finetune.train.optimizers import build_optimizer, set_rates
 
 GEOMETRY = torch.zeros(2, 6, dtype=torch.int64)
 
@@ -292,3 +294,101 @@ def test_dropout_acts_while_training_only(tiny_sd: Path) -> None:
     assert not torch.equal(answer(family), answer(family))
     with adapter.disabled():
         assert torch.equal(answer(family), answer(family))
+
+
+def test_lora_plus_is_two_groups_at_the_exact_ratio(tiny_sd: Path) -> None:
+    """METHODS 1.5: disjoint, all of what trains, and B alone in the fast one; through the optimizer's own numbers."""
+    _, adapter = attached(tiny_sd, lora_plus_ratio=16.0, text_encoder=True, text_encoder_learning_rate=3e-5)
+    groups = adapter.groups()
+    assert [group.name for group in groups] == ["denoiser", "denoiser_fast", "text_encoder", "text_encoder_fast"]
+    names = [name for group in groups for name in group.parameters]
+    assert len(names) == len(set(names)) and set(names) == set(adapter.parameters())
+    assert all(".lora_B." in name for group in groups if "fast" in group.name for name in group.parameters)
+    assert all(".lora_A." in name for group in groups if "fast" not in group.name for name in group.parameters)
+    optimizer = build_optimizer(OptimizerConfig(), groups, 1e-4)
+    for rate in (0.1, 0.77, 1.0):
+        found = set_rates(optimizer, rate)
+        assert found["denoiser_fast"] == 16 * found["denoiser"]
+        assert found["text_encoder_fast"] == 16 * found["text_encoder"] == pytest.approx(16 * 3e-5 * rate)
+
+
+def test_ranks_by_pattern_keep_the_scale(tiny_sd: Path) -> None:
+    ranks = {r".*attn1\.to_[qk]": 2, r".*attn1\..*": 3}
+    family, adapter = attached(tiny_sd, rank=4, alpha=2.0, ranks=ranks, text_encoder=True)
+    tensors = adapter.weights().tensors
+    for name, layer in adapter.layers.items():
+        rank = 2 if name.endswith(("attn1.to_q", "attn1.to_k")) else 3 if "attn1" in name else 4
+        assert tensors[f"{name}.lora_A.weight"].shape[0] == tensors[f"{name}.lora_B.weight"].shape[1] == rank
+        assert float(tensors[f"{name}.alpha"]) / rank == pytest.approx(0.5)
+        assert layer.scaling["default"] == pytest.approx(0.5)
+    assert {len(tensors[f"{name}.lora_A.weight"]) for name in adapter.layers} == {2, 3, 4}
+    assert family.networks["text_encoder"] is not None
+
+
+@pytest.mark.parametrize("pattern", [r".*attn3\..*", "to_q", r".*\.resnets\..*"])
+def test_a_rank_for_no_layer_is_named(tiny_sd: Path, pattern: str) -> None:
+    with pytest.raises(UserError, match=r"^adapter\.ranks: .*matches none of the adapted layers") as caught:
+        attached(tiny_sd, ranks={pattern: 2})
+    assert repr(pattern) in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", [r"mid_block\..*attn1\.to_q", r"mid_block\.resnets\.0\.conv1"])
+def test_rank_dropout_masks_ranks_of_each_sample(tiny_sd: Path, targets: str) -> None:
+    """METHODS 1.1: one mask over ranks per sample, the others scaled by ``1 / (1 - p)``; on average nothing changes."""
+    family, adapter = attached(tiny_sd, rank_dropout=0.5, targets=targets)
+    randomise(adapter)
+    layer = next(iter(adapter.layers.values()))
+    seen: list[Tensor] = []
+    down = layer.lora_A["default"]
+    down.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    sample = torch.ones(1, 16, 6, 6) if isinstance(down, nn.Conv2d) else torch.ones(1, 7, 16)
+    x = sample.expand(64, *sample.shape[1:])
+    plain = down(x).detach()
+    family.networks["denoiser"].train()
+    adapter.begin_step(1)
+    assert torch.equal(down(x), plain), "it begins at the third step"
+    adapter.begin_step(2)
+    dropped = down(x).detach()
+    axis = 1 if isinstance(down, nn.Conv2d) else 2
+    ratio = (dropped / plain).movedim(axis, 1).flatten(2)  # [sample, rank, place]
+    assert torch.equal(ratio, ratio[:, :, :1].expand_as(ratio)), "a rank is left out everywhere or nowhere"
+    kept = ratio[:, :, 0]
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert 0.8 < float(kept.mean()) < 1.2
+    assert len({tuple(row) for row in kept.tolist()}) > 4, "samples have masks of their own"
+    family.networks["denoiser"].eval()
+    assert torch.equal(down(x), plain)
+
+
+@pytest.mark.parametrize("targets", ["attention", "conv"])
+def test_max_norm_bounds_the_change(tiny_sd: Path, targets: str) -> None:
+    """METHODS 1.1: ``n = max(||s B A||, max / 2)``, both factors times ``sqrt(min(n, max) / n)``."""
+    _, adapter = attached(tiny_sd, alpha=6.0, targets=targets, max_norm=0.4)
+    randomise(adapter)
+    first = next(iter(adapter.layers.values()))
+    with torch.no_grad():
+        first.lora_B["default"].weight *= 1e-3
+    before = {name: layer.get_delta_weight("default").detach() for name, layer in adapter.layers.items()}
+    halves = {name: parameter.detach().clone() for name, parameter in adapter.parameters().items()}
+    adapter.end_step({})
+    short = long = 0
+    for name, layer in adapter.layers.items():
+        norm, after = float(before[name].norm()), layer.get_delta_weight("default")
+        if norm <= 0.4:
+            assert torch.equal(after, before[name])
+            short += 1
+            continue
+        torch.testing.assert_close(after, before[name] * 0.4 / norm, rtol=1e-4, atol=1e-6)
+        root = math.sqrt(0.4 / norm)
+        a = adapter.parameters()[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(a.detach(), halves[f"{name}.lora_A.weight"] * root, rtol=1e-4, atol=1e-7)
+        long += 1
+    assert short and long
+
+
+def test_without_max_norm_nothing_is_bounded(tiny_sd: Path) -> None:
+    _, adapter = attached(tiny_sd)
+    randomise(adapter)
+    before = {name: parameter.detach().clone() for name, parameter in adapter.parameters().items()}
+    adapter.end_step({})
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapter.parameters().items())
