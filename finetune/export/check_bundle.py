@@ -1,0 +1,96 @@
+"""What ``verify`` asks of a LoRA file with new words in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.adapter import Weights
+from finetune.errors import GuardError
+from finetune.export import kohya
+from finetune.export.bundle import Parts, load_bundle, pack, parts_of, unpack
+from finetune.export.checks import Report, quiet
+from finetune.export.compare import TOLERANCE, answer, close, mapped
+from finetune.export.layers import Layer, applied, check
+from finetune.export.read import Identity, read_tensors
+from finetune.family import ModelFamily
+
+READERS = ("a1111",)
+
+
+def check_file(
+    report: Report, found: Identity, family: ModelFamily, against: Sequence[str], weights: Weights | None
+) -> None:
+    """Ask everything, the cheapest first; what needs the base model only where the file itself is sound."""
+    tensors = read_tensors(found.path)
+    report.run("finite", lambda: check(tensors), lambda _: f"{len(tensors)} tensors, none empty, NaN or infinite")
+    held = report.run("keys", lambda: unpack(tensors), lambda held: f"words: {', '.join(held.words)}")
+    if held is None:
+        return
+    read = report.run("layers", lambda: kohya.unpack(held.lora, family.export_names), lambda read: f"{len(read)}")
+    if read is None or not report.passed:
+        return
+    if weights is not None:
+        report.run("equal to memory", lambda: _same(tensors, weights, family))
+    family.require("denoiser", *family.text_encoders)
+    report.run("widths", lambda: _widths(held, family))
+    for tool in against:
+        report.run(tool, lambda tool=tool: mapped(tool, held.lora, found, READERS, family))  # type: ignore[misc]
+    if report.passed:
+        _check_loaded(report, found, family, held, read)
+
+
+def _same(tensors: dict[str, Tensor], weights: Weights, family: ModelFamily) -> str:
+    wanted = pack(*parts_of(weights), family.export_names, next(iter(tensors.values())).dtype)
+    if differing := wanted.keys() ^ tensors.keys():
+        raise GuardError(f"{min(differing)} is in one of file and memory alone")
+    for key, tensor in wanted.items():
+        if not torch.equal(tensor, tensors[key]):
+            raise GuardError(f"{key} differs from what was trained")
+    return f"bit for bit, {len(tensors)} tensors"
+
+
+def _widths(held: Parts, family: ModelFamily) -> str:
+    width = int(_table(family).shape[1])
+    for word, rows in held.words.items():
+        if rows.shape[1] != width:
+            raise GuardError(f"{word} has vectors of {rows.shape[1]} numbers, the text encoder's words have {width}")
+    return f"{width}, as the text encoder's words"
+
+
+@torch.no_grad()
+def _check_loaded(report: Report, found: Identity, family: ModelFamily, held: Parts, read: Sequence[Layer]) -> None:
+    """Load the file as ``finetune sample`` does, and compare with arithmetic of our own."""
+    networks = {name: family.networks[name] for name in family.export_names}
+    base = answer(family)
+    with applied(networks, read):
+        wanted = answer(family)
+    tolerance = TOLERANCE[next(iter(held.lora.values())).dtype]
+    pipeline = family.pipeline()
+
+    def load() -> str:
+        with quiet():
+            return ", ".join(load_bundle(pipeline, found.path))
+
+    if report.run("diffusers: loads", load) is None:
+        return
+    report.run("diffusers: words arrive", lambda: _arrived(held, family, pipeline))
+    report.run("diffusers: output", lambda: close(answer(family), wanted, base, tolerance))
+
+
+def _arrived(held: Parts, family: ModelFamily, pipeline: Any) -> str:
+    table, tokenizer = _table(family), pipeline.tokenizer
+    for word, rows in held.words.items():
+        ids = tokenizer(pipeline.maybe_convert_prompt(word, tokenizer), add_special_tokens=False).input_ids
+        if len(ids) != len(rows) or not torch.equal(table[ids], rows.to(table)):
+            raise GuardError(f"{word} is loaded with other vectors than the file's")
+    return f"bit for bit: {', '.join(held.words)}"
+
+
+def _table(family: ModelFamily) -> Tensor:
+    encoder: Any = family.networks[family.text_encoders[0]]
+    table: Tensor = encoder.get_input_embeddings().weight
+    return table
