@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Recipe, read_recipe
 from finetune.errors import UserError
-from finetune.evaluation import Evaluation, ask, evaluate, tinyworld_questions
+from finetune.evaluation import Evaluation, Taught, ask
+from finetune.export import pieces
 from finetune.export.sample import adapted
 from finetune.families import load_family
 from finetune.family import ModelFamily
@@ -27,20 +27,20 @@ def judge_run(path: Path) -> Evaluation:
         path: the run's folder, or the recipe whose output it is.
 
     Raises:
-        UserError: there is no finished run, or its subject is none of the embedded world, which alone can be judged.
+        UserError: there is no finished run, or what it taught is none of the embedded world, which alone can be judged.
     """
     folder = RunFolder(path if path.is_dir() else Path(read_recipe(path).output))
     if not folder.lock.is_file():
         raise UserError(f"{folder.path} holds no run: there is no {folder.lock.name}")
     recipe = read_recipe(folder.lock)
-    subject = _subject(recipe, folder.path)
-    questions = tinyworld_questions(subject)
+    taught = _taught(recipe, folder.path)
+    questions = taught.questions(recipe.data.concepts[0])
     untouched = load_family(recipe.model)
     before = ask(questions, lambda prompts, count: _draw(untouched, recipe, prompts, count))
-    base = None if recipe.adapter.kind == "full" else recipe.model.path
+    base = None if pieces(folder.path)[0].whole else recipe.model.path
     trained = adapted(folder.path, base)
     after = ask(questions, lambda prompts, count: _draw(trained, recipe, prompts, count))
-    found = evaluate(subject, questions, before, after)
+    found = taught.evaluate(questions, before, after)
     found.write(folder.path)
     return found
 
@@ -52,22 +52,35 @@ def figures(found: Evaluation) -> str:
         before, after = (getattr(side, of) for side in (found.before, found.after))
         return f"{name:<18} {before:6.2f} -> {after:5.2f}   {sense}"
 
+    if found.kind == "subject":
+        ends, pres, div = (
+            "0: others of its class, 1: real pictures of it",
+            "likeness of the bare class to the subject",
+            "the bare class",
+        )
+    else:
+        ends, pres, div = (
+            "0: plain renders, 1: renders in it",
+            "style of pictures that did not ask for it",
+            "a plain prompt",
+        )
     return "\n".join(
         [
-            line("subject fidelity", "normalised", "0: others of its class, 1: real pictures of it"),
+            line(f"{found.kind} fidelity", "normalised", ends),
             line("prompt accuracy", "accuracy", f"real pictures reach {found.oracle_accuracy:.2f}"),
-            line("PRES*", "pres", "likeness of the bare class to the subject: lower is better"),
-            line("DIV*", "div", f"variety of the bare class: higher is better, real pictures {found.oracle_div:.2f}"),
+            line("PRES*", "pres", f"{pres}: lower is better"),
+            line("DIV*", "div", f"variety of {div}: higher is better, real pictures {found.oracle_div:.2f}"),
         ]
     )
 
 
-def _subject(recipe: Recipe, folder: Path) -> int:
-    names = [concept.folder for concept in recipe.data.concepts]
-    found = re.fullmatch(r"tinyworld:subject/(\d+)", names[0]) if len(names) == 1 else None
+def _taught(recipe: Recipe, folder: Path) -> Taught:
+    concepts = recipe.data.concepts
+    found = Taught.of(concepts[0]) if len(concepts) == 1 else None
     if found is None:
-        raise UserError(f"{folder}: only a subject of the embedded world can be judged, not {', '.join(names)}")
-    return int(found[1])
+        names = ", ".join(concept.folder for concept in concepts)
+        raise UserError(f"{folder}: only a subject or style of the embedded world can be judged, not {names}")
+    return found
 
 
 def _draw(family: ModelFamily, recipe: Recipe, prompts: Sequence[str], count: int) -> list[Image.Image]:

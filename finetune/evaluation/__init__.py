@@ -2,9 +2,12 @@
 
 - ``measures``: fidelity, diversity, prompt accuracy, intervals; pure functions over a judge's embeddings.
 - ``protocol``: the questions that a model is asked before and after training, and the figures of the answers.
+- ``taught``: what a run of the embedded world teaches, a subject or a style, and its questions and figures.
+- ``styles``: how far pictures are in a style.
 - ``report``: ``report.html``, one self-contained page.
 - ``sheet``: before and after on one picture.
-- ``study``: several subjects, methods and priors; ``python -m finetune.evaluation.study``.
+- ``study``: several subjects and priors; ``python -m finetune.evaluation.study``.
+- ``methods``: all methods, on subjects and styles; ``python -m finetune.evaluation.methods``.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ _HOME = {
     "ReportData": "report",
     "Shot": "report",
     "Snapshot": "report",
+    "Taught": "taught",
     "read_metrics": "report",
     "shots": "report",
     "write_report": "report",

@@ -144,15 +144,15 @@ def section(
     return "\n".join(lines)
 
 
-def write_section(page: Path, text: str) -> None:
+def write_section(page: Path, text: str, begin: str = BEGIN, end: str = END, heading: str = HEADING) -> None:
     """Put ``text`` between the page's marks; a page without them gets the section at its end."""
     old = page.read_text(encoding="utf-8") if page.is_file() else ""
-    block = f"{BEGIN}\n\n{text}\n\n{END}"
-    if BEGIN in old and END in old:
-        head, rest = old.split(BEGIN, 1)
-        new = head + block + rest.split(END, 1)[1]
+    block = f"{begin}\n\n{text}\n\n{end}"
+    if begin in old and end in old:
+        head, rest = old.split(begin, 1)
+        new = head + block + rest.split(end, 1)[1]
     else:
-        new = f"{old.rstrip()}\n\n{HEADING}\n\n{block}\n".lstrip()
+        new = f"{old.rstrip()}\n\n{heading}\n\n{block}\n".lstrip()
     files.write_text(page, new)
 
 

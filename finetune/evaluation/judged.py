@@ -16,6 +16,12 @@ LEAD = (
 )
 
 
+STYLE = (
+    "The style is known exactly, so its share in a picture can be measured. A small network that knows every factor of "
+    "the embedded world reads from the pictures, with the style undone, whether prompts still count."
+)
+
+
 def judge(data: ReportData) -> Markup | None:
     """Four measures, or why there are none."""
     one = data.evaluation
@@ -24,7 +30,8 @@ def judge(data: ReportData) -> Markup | None:
     cards = [_fidelity(one)]
     cards += [] if isnan(one.after.accuracy) else [_accuracy(one)]
     cards += [] if isnan(one.after.pres) else [_class(one), _variety(one)]
-    return join([tag("p", LEAD, class_="lead"), tag("div", *cards, class_="measures")])
+    lead = STYLE if one.kind == "style" else LEAD
+    return join([tag("p", lead, class_="lead"), tag("div", *cards, class_="measures")])
 
 
 def percent(share: float) -> str:
@@ -34,10 +41,18 @@ def percent(share: float) -> str:
 
 def _fidelity(one: Evaluation) -> Markup:
     before, after = one.before, one.after
+    drawing = _between(one, before.normalised, after.normalised)
+    if one.kind == "style":
+        parts = ", ".join(f"{name} {before.parts[name]:.2f} → {value:.2f}" for name, value in after.parts.items())
+        words = (
+            "How far pictures of new scenes are in the style, between plain renders (0) and renders in the style that "
+            f"no training saw (1): the product of its parts, {parts}."
+        )
+        return _measure("Style fidelity", "higher is better", drawing, words)
     return _measure(
         "Subject fidelity",
         "higher is better",
-        _between(one, before.normalised, after.normalised),
+        drawing,
         "How alike the subject in new scenes and its real pictures are, between other individuals of its class (0) and "
         f"real pictures that no training saw (1). As cosines: DINO* {before.fidelity:.2f} → {after.fidelity:.2f}, "
         f"floor {one.floor:.2f}, ceiling {one.ceiling:.2f}.",
@@ -65,6 +80,14 @@ def _accuracy(one: Evaluation) -> Markup:
 
 def _class(one: Evaluation) -> Markup:
     before, after = one.before.pres, one.after.pres
+    if one.kind == "style":
+        return _measure(
+            "Other pictures stay plain",
+            "lower is better",
+            _between(one, before, after),
+            "How much of the style, its colours or its lines, is in the same scenes although their prompts do not ask "
+            f"for it, on the scale of style fidelity: PRES* {before:.2f} → {after:.2f}.",
+        )
     return _measure(
         "The class stays itself",
         "lower is better",
@@ -76,8 +99,9 @@ def _class(one: Evaluation) -> Markup:
 
 def _variety(one: Evaluation) -> Markup:
     sides = (("before", one.before.div), ("after", one.after.div))
+    of = "one plain prompt" if one.kind == "style" else "the bare class"
     return _measure(
-        "Variety of the class",
+        "Variety without the style" if one.kind == "style" else "Variety of the class",
         "higher is better",
         gauge(
             [(name, value, f"{value:.2f}") for name, value in sides],
@@ -85,17 +109,18 @@ def _variety(one: Evaluation) -> Markup:
             0.0,
             max(1.0, one.oracle_div, *(value for _, value in sides)) + 0.02,
         ),
-        "How much pictures of the bare class differ among themselves: DIV*, the mean of one minus the cosine.",
+        f"How much pictures of {of} differ among themselves: DIV*, the mean of one minus the cosine.",
     )
 
 
 def _between(one: Evaluation, before: float, after: float) -> Markup:
-    """Two values on the scale from others of the class to the subject; both such scales of the page are the same."""
+    """Two values on the scale from floor to ceiling; both such scales of the page are the same."""
+    ends = ("plain renders", "renders in it") if one.kind == "style" else ("others of its class", "real pictures")
     shown = [one.before.normalised, one.after.normalised]
     shown += [closeness(one, side.pres) for side in (one.before, one.after) if not isnan(side.pres)]
     return gauge(
         [("before", before, f"{before:.2f}"), ("after", after, f"{after:.2f}")],
-        [("others of its class", 0.0), ("real pictures", 1.0)],
+        [(ends[0], 0.0), (ends[1], 1.0)],
         min(-0.1, *shown) - 0.02,
         max(1.1, *shown) + 0.02,
     )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from finetune import files
 from finetune.errors import UserError
@@ -54,7 +54,8 @@ class Questions:
         scenes: prompts for the subject in new scenes, and what a judge can check of each (nothing for a real subject).
         instance: the prompt that the subject was taught with.
         class_prompt: the same without the rare token; None where a recipe has none.
-        per_scene, per_instance, per_class: pictures of each.
+        per_scene, per_instance, per_class: pictures of each; ``plain`` prompts get as many as scenes do.
+        plain: prompts that should draw what they did before: the scenes without the words of a style.
     """
 
     scenes: tuple[tuple[str, Mapping[str, str]], ...]
@@ -63,15 +64,23 @@ class Questions:
     per_scene: int = 2
     per_instance: int = 8
     per_class: int = 16
+    plain: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures a model draws to answer."""
+        of_class = self.per_class if self.class_prompt else 0
+        return (len(self.scenes) + len(self.plain)) * self.per_scene + self.per_instance + of_class
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Pictures that a model drew for ``Questions``, a row per scene."""
+    """Pictures that a model drew for ``Questions``, a row per scene and per plain prompt."""
 
     scenes: tuple[tuple[Image.Image, ...], ...]
     instance: tuple[Image.Image, ...]
     of_class: tuple[Image.Image, ...] = ()
+    plain: tuple[tuple[Image.Image, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,10 @@ class Figures:
         accuracies: the same per attribute.
         pres: PRES*, mean cosine of pictures of the bare class and the subject's real pictures; lower is better.
         div: DIV*, mean of 1 - cosine among the pictures of the bare class; higher is better.
+        parts: of a style, what its fidelity is made of.
+
+    Of a style, ``fidelity`` is its own (``finetune.evaluation.styles``), ``pres`` the trace of it in
+    scenes without the style's words, and ``div`` is taken among the pictures of one such prompt.
     """
 
     fidelity: float
@@ -96,17 +109,20 @@ class Figures:
     accuracies: dict[str, float]
     pres: float
     div: float
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A subject's figures before and after, and what bounds them.
+    """A subject's or style's figures before and after, and what bounds them.
 
     Attributes:
+        subject: its number.
         floor: mean cosine of other individuals of the class and the subject.
         ceiling: mean cosine of real pictures of the subject that no training saw and those that it saw.
         oracle_accuracy: prompt accuracy of real renders, which is how well the judge reads.
         oracle_div: DIV* of real renders of the class, each another individual.
+        kind: what was taught. A style's fidelity has its floor at 0 and its ceiling at 1.
     """
 
     subject: int
@@ -116,6 +132,7 @@ class Evaluation:
     oracle_div: float
     before: Figures
     after: Figures
+    kind: Literal["subject", "style"] = "subject"
 
     def write(self, folder: Path) -> Path:
         """Write ``evaluation.json`` into the folder of a run."""
@@ -134,11 +151,18 @@ class Evaluation:
         return Evaluation(**{**values, **sides})
 
 
-def tinyworld_questions(seed: int, *, scenes: int = 10, per_scene: int = 2, per_class: int = 16) -> Questions:
-    """The questions for the embedded world's subject ``seed``: new scenes are none of the instance pictures'."""
+def tinyworld_questions(
+    seed: int, *, token: str | None = None, scenes: int = 10, per_scene: int = 2, per_class: int = 16
+) -> Questions:
+    """The questions for the embedded world's subject ``seed``: new scenes are none of the instance pictures'.
+
+    Args:
+        token: stands for the subject in place of its own rare word.
+    """
     from finetune import tinyworld
 
     one = tinyworld.subject(seed)
+    one = one if token is None else replace(one, token=token)
     return Questions(
         scenes=tuple(tinyworld.scene_prompts(one, count=scenes)),
         instance=one.instance_prompt,
@@ -150,14 +174,18 @@ def tinyworld_questions(seed: int, *, scenes: int = 10, per_scene: int = 2, per_
 
 def ask(questions: Questions, draw: Draw) -> Answers:
     """Draw the pictures of every question."""
-    prompts = [prompt for prompt, _ in questions.scenes]
-    flat = list(draw(prompts, questions.per_scene)) if prompts else []
-    step = questions.per_scene
+
+    def rows(prompts: Sequence[str]) -> tuple[tuple[Image.Image, ...], ...]:
+        step = questions.per_scene
+        flat = list(draw(prompts, step)) if prompts else []
+        return tuple(tuple(flat[start : start + step]) for start in range(0, len(flat), step))
+
     of_class = draw([questions.class_prompt], questions.per_class) if questions.class_prompt else ()
     return Answers(
-        scenes=tuple(tuple(flat[start : start + step]) for start in range(0, len(flat), step)),
+        scenes=rows([prompt for prompt, _ in questions.scenes]),
         instance=tuple(draw([questions.instance], questions.per_instance)),
         of_class=tuple(of_class),
+        plain=rows(questions.plain),
     )
 
 
@@ -189,7 +217,7 @@ def evaluate(
         subject=seed,
         floor=floor,
         ceiling=ceiling,
-        oracle_accuracy=mean(_accuracies(judge, [[p] for p, _ in heldout], [named for _, named in heldout]).values()),
+        oracle_accuracy=mean(accuracies_of(judge, [[p] for p, _ in heldout], [named for _, named in heldout]).values()),
         oracle_div=_diversity(judge, [tinyworld.instance_pictures(other)[0] for other in same_class(one)]),
         before=_figures(judge, questions, before, real, floor, ceiling),
         after=_figures(judge, questions, after, real, floor, ceiling),
@@ -224,7 +252,7 @@ def _figures(
 
     fidelity = similarity(judge.embed([picture for row in answers.scenes for picture in row]), real)
     instance = similarity(judge.embed(answers.instance), real)
-    accuracies = _accuracies(judge, answers.scenes, [named or _read(prompt) for prompt, named in questions.scenes])
+    accuracies = accuracies_of(judge, answers.scenes, [named or _read(prompt) for prompt, named in questions.scenes])
     return Figures(
         fidelity=fidelity,
         normalised=normalised(fidelity, floor, ceiling),
@@ -236,9 +264,10 @@ def _figures(
     )
 
 
-def _accuracies(
+def accuracies_of(
     judge: Judge, rows: Sequence[Sequence[Image.Image]], named: Sequence[Mapping[str, str]]
 ) -> dict[str, float]:
+    """Prompt accuracy of rows of pictures, per attribute, where ``named`` says what each row's prompt names."""
     from finetune.evaluation.measures import accuracy
 
     asked = [wanted for row, wanted in zip(rows, named, strict=True) for _ in row]

@@ -78,12 +78,13 @@ class ReportData:
     Attributes:
         title: what was taught, for example "zib heart".
         kind: the run in a few words, for example "DreamBooth, LoRA of rank 16, prior by class images".
-        trigger: the rare token, set in colour wherever a prompt has it.
+        triggers: the rare words, set in colour wherever a prompt has one.
         verdict: one sentence; made of the judge's figures where it is not given.
         subject: the pictures that were taught.
         scenes: the subject in new scenes, before and after.
         instance: the prompt that was taught, before and after.
         of_class: the bare class prompt, before and after.
+        plain: other prompts that should draw what they did before: scenes without the words of a style.
         class_images: some of the pictures that stood for the class in training; ``class_image_count`` of all.
         evaluation: the judge's figures; ``no_evaluation`` says why there are none.
         metrics: one mapping per logged step with ``step``, ``loss`` and, where they are logged, ``loss_instance`` and
@@ -100,12 +101,13 @@ class ReportData:
 
     title: str
     kind: str = ""
-    trigger: str = ""
+    triggers: Sequence[str] = ()
     verdict: str | None = None
     subject: Sequence[Captioned] = ()
     scenes: Sequence[Shot] = ()
     instance: Shot | None = None
     of_class: Shot | None = None
+    plain: Sequence[Shot] = ()
     class_images: Sequence[Captioned] = ()
     class_image_count: int = 0
     evaluation: Evaluation | None = None
@@ -123,9 +125,11 @@ class ReportData:
 
 
 def shots(questions: Questions, before: Answers, after: Answers) -> dict[str, Any]:
-    """The ``scenes``, ``instance`` and ``of_class`` of ``ReportData``, from what was asked and answered."""
+    """The ``scenes``, ``instance``, ``of_class`` and ``plain`` of ``ReportData``, from what was asked and answered."""
     rows = zip(questions.scenes, before.scenes, after.scenes, strict=True)
+    plain = zip(questions.plain, before.plain, after.plain, strict=True)
     return {
+        "plain": tuple(Shot(*row) for row in plain),
         "scenes": tuple(Shot(prompt, old, new) for (prompt, _), old, new in rows),
         "instance": Shot(questions.instance, before.instance, after.instance),
         "of_class": Shot(questions.class_prompt, before.of_class, after.of_class) if questions.class_prompt else None,

@@ -40,7 +40,7 @@ def _header(data: ReportData) -> Markup:
         tag(
             "div",
             tag("p", data.kind, class_="kind") if data.kind else None,
-            tag("h1", _prompt(data.title, data.trigger)),
+            tag("h1", _prompt(data.title, data.triggers)),
             tag("p", words.text, class_=f"verdict {words.grade}") if words else None,
             class_="words",
         ),
@@ -80,7 +80,7 @@ def _teaser(data: ReportData) -> Markup | None:
 def _numbers(data: ReportData) -> Markup | None:
     numbers: list[tuple[str, str, str]] = []
     if one := data.evaluation:
-        pairs = {"subject fidelity": "normalised", "prompt accuracy": "accuracy"}
+        pairs = {f"{one.kind} fidelity": "normalised", "prompt accuracy": "accuracy"}
         sides = [(name, getattr(one.before, key), getattr(one.after, key)) for name, key in pairs.items()]
         numbers += [(name, percent(after), f"before {percent(old)}") for name, old, after in sides if not isnan(after)]
     if data.seconds is not None:
@@ -100,7 +100,7 @@ def _subject(data: ReportData) -> Markup | None:
         return None
     count = len(data.subject)
     lead = f"All that the model was taught with: {count} picture{'s' if count != 1 else ''} and their captions."
-    return join([tag("p", lead, class_="lead"), _captioned(data.subject, data.trigger)])
+    return join([tag("p", lead, class_="lead"), _captioned(data.subject, data.triggers)])
 
 
 def _scenes(data: ReportData) -> Markup | None:
@@ -110,22 +110,24 @@ def _scenes(data: ReportData) -> Markup | None:
         "The same prompts and the same noise before and after training. None of these scenes is among the pictures "
         "that it was shown. The pictures after training come from the exported file, loaded again."
     )
-    cards = [_shot(shot, data.trigger) for shot in data.scenes]
+    cards = [_shot(shot, data.triggers) for shot in data.scenes]
     if data.instance:
-        cards.append(_shot(data.instance, data.trigger, "wide"))
+        cards.append(_shot(data.instance, data.triggers, "wide"))
     return join([tag("p", lead, class_="lead"), _toggle(), tag("div", *cards, class_="shots")])
 
 
 def _class(data: ReportData) -> Markup | None:
-    if not data.of_class:
+    shots = [_shot(data.of_class, (), "wide")] if data.of_class else []
+    shots += [_shot(shot, ()) for shot in data.plain]
+    if not shots:
         return None
     lead = (
         "The prompt without the rare token. Prior preservation is there so that these pictures keep their variety; "
         "without it they drift towards the subject."
+        if data.of_class
+        else "The same scenes without the style's words: they should look as they did before."
     )
-    return join(
-        [tag("p", lead, class_="lead"), _toggle(), tag("div", _shot(data.of_class, "", "wide"), class_="shots")]
-    )
+    return join([tag("p", lead, class_="lead"), _toggle(), tag("div", *shots, class_="shots")])
 
 
 def _loss(data: ReportData) -> Markup | None:
@@ -151,7 +153,7 @@ def _snapshots(data: ReportData) -> Markup | None:
             for shot in data.snapshots
             if shot.prompt == prompt
         ]
-        rows.append(tag("div", tag("p", _prompt(prompt, data.trigger), class_="prompt"), tag("div", *cells)))
+        rows.append(tag("div", tag("p", _prompt(prompt, data.triggers), class_="prompt"), tag("div", *cells)))
     return tag("div", *rows, class_="film")
 
 
@@ -218,19 +220,20 @@ def _details(data: ReportData) -> Markup | None:
     return join(parts) if parts else None
 
 
-def _shot(shot: Shot, trigger: str, kind: str | None = None) -> Markup:
+def _shot(shot: Shot, triggers: Sequence[str], kind: str | None = None) -> Markup:
     def side(name: str, images: Sequence[Image.Image]) -> Markup:
         pictures = [picture(image, f"{shot.prompt} ({name})") for image in images]
         return tag("div", tag("span", name), tag("div", *pictures, class_="pictures"), class_=f"side {name}")
 
     sides = [side("before", shot.before), side("after", shot.after)]
-    heading = tag("h3", _prompt(shot.prompt, trigger), class_="prompt")
+    heading = tag("h3", _prompt(shot.prompt, triggers), class_="prompt")
     return tag("article", heading, tag("div", *sides, class_="pair"), class_=kind)
 
 
-def _captioned(rows: Sequence[Captioned], trigger: str) -> Markup:
+def _captioned(rows: Sequence[Captioned], triggers: Sequence[str]) -> Markup:
     figures = [
-        tag("figure", picture(row.image, row.caption), tag("figcaption", _prompt(row.caption, trigger))) for row in rows
+        tag("figure", picture(row.image, row.caption), tag("figcaption", _prompt(row.caption, triggers)))
+        for row in rows
     ]
     return tag("div", *figures, class_="gallery")
 
@@ -244,12 +247,13 @@ def _toggle() -> Markup:
     return tag("div", *buttons, class_="toggle", role="group", aria_label="What to show")
 
 
-def _prompt(prompt: str, trigger: str) -> Markup:
-    """A prompt with the rare token set apart."""
-    if not trigger:
+def _prompt(prompt: str, triggers: Sequence[str]) -> Markup:
+    """A prompt with its rare words set apart."""
+    words = sorted(filter(None, triggers), key=len, reverse=True)
+    if not words:
         return escape(prompt)
-    parts = re.split(rf"(?<!\w)({re.escape(trigger)})(?!\w)", prompt)
-    return join([tag("mark", part) if part == trigger else escape(part) for part in parts])
+    parts = re.split(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", prompt)
+    return join([tag("mark", part) if part in words else escape(part) for part in parts])
 
 
 def _duration(seconds: float) -> str:
@@ -271,8 +275,8 @@ def _size(size: float) -> str:
 
 SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Markup | None]], ...] = (
     ("subject", "Subject", "What it was shown", _subject),
-    ("scenes", "New scenes", "The subject in new scenes", _scenes),
-    ("class", "Class", "The bare class", _class),
+    ("scenes", "New scenes", "In new scenes", _scenes),
+    ("class", "Without it", "Without the rare word", _class),
     ("judge", "Judge", "What the judge says", judge),
     ("loss", "Loss", "Loss", _loss),
     ("samples", "Progress", "While it learnt", _snapshots),

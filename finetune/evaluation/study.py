@@ -10,23 +10,17 @@ no setting was chosen by.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from finetune import files
 from finetune.errors import GuardError, UserError, nearest
-from finetune.evaluation import protocol
 from finetune.evaluation.machine import machine, versions
 from finetune.evaluation.protocol import Evaluation
+from finetune.evaluation.trials import run as run_once
 
 METHODS: dict[str, tuple[str, ...]] = {  # what each changes in the recipe
     "lora": (),
@@ -37,7 +31,6 @@ PRIORS: dict[str, tuple[str, ...]] = {
     "model": ("prior.kind=model",),
     "none": ("prior.kind=none",),
 }
-COST = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -83,24 +76,11 @@ def trials(subjects: Sequence[int], methods: Sequence[str], priors: Sequence[str
 
 
 def run(trial: Trial, recipe: Path, out: Path, overrides: Sequence[str] = ()) -> Result:
-    """Run one trial where it has not been, in a process of its own.
-
-    Raises:
-        GuardError: the run failed, or wrote no evaluation.
-    """
-    folder = out / trial.name
-    if not ((folder / COST).is_file() and (folder / protocol.FILE).is_file()):
-        changes = [f"output={folder}", *trial.overrides, *overrides]
-        command = [sys.executable, "-m", "recipes.dreambooth", "--config", str(recipe), *changes]
-        log = out / f"{trial.name}.log"
-        began = time.perf_counter()
-        code, peak = _watched(command, log)
-        if code or not (folder / protocol.FILE).is_file():
-            what = f"ended with exit code {code}" if code else f"wrote no {protocol.FILE}"
-            raise GuardError(f"study: run {trial.name} {what}; see {log}")
-        files.write_json(folder / COST, {"seconds": time.perf_counter() - began, "peak_memory": peak})
-    cost = json.loads((folder / COST).read_text(encoding="utf-8"))
-    return Result(trial, cost["seconds"], cost["peak_memory"], Evaluation.read(folder))
+    """Run one trial where it has not been; errors as of ``trials.run``."""
+    changes = [f"output={out / trial.name}", *trial.overrides, *overrides]
+    command = [sys.executable, "-m", "recipes.dreambooth", "--config", str(recipe), *changes]
+    found = run_once(trial.name, command, out)
+    return Result(trial, found.seconds, found.peak_memory, found.evaluation)
 
 
 def results(wanted: Sequence[Trial], recipe: Path, out: Path, overrides: Sequence[str] = ()) -> Iterator[Result]:
@@ -162,21 +142,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=Path("docs/tinyworld.md"), help="page whose section is rewritten")
     parser.add_argument("overrides", nargs="*", help="more changes to every run: train.steps=300")
     return parser.parse_args(arguments)
-
-
-def _watched(command: Sequence[str], log: Path) -> tuple[int, int]:
-    """Run a command with its output in ``log``; exit code and the most memory that it held, in bytes.
-
-    Looked at while it runs: what the system remembers of an ended child may be the memory of the parent it began as.
-    """
-    peak = 0
-    with log.open("wb") as output:
-        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                peak = max(peak, process.memory_info().rss)
-            time.sleep(0.05)
-    return process.returncode, peak
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def verdict(evaluation: Evaluation, subject: str, class_name: str) -> Verdict:
     learnt = gain >= GAIN
     listens = not before.accuracy - after.accuracy > LISTENS  # NaN, where prompts name nothing, is no complaint
     kept = not after.pres - before.pres > DRIFT
+    if evaluation.kind == "style":
+        return Verdict(_of_style(subject, gain, listens, kept), _grade(gain, listens and kept))
     others = plural(class_name)
     if gain < GAIN / 3:
         text = f"The model has not learnt the {subject}: its pictures are hardly closer to it than before."
@@ -48,8 +50,28 @@ def verdict(evaluation: Evaluation, subject: str, class_name: str) -> Verdict:
                 text += f" and still draws other {others}, but it follows the rest of a prompt less well."
             case _:
                 text += f", but it follows the rest of a prompt less well and its other {others} now look like it."
-    grade: Grade = "good" if learnt and listens and kept else "bad" if gain < GAIN / 3 else "mixed"
-    return Verdict(text, grade)
+    return Verdict(text, _grade(gain, listens and kept))
+
+
+def _of_style(subject: str, gain: float, listens: bool, kept: bool) -> str:
+    if gain < GAIN / 3:
+        return f"The model has not learnt the {subject}: its pictures are hardly closer to it than before."
+    text = f"The model has learnt {'' if gain >= GAIN else 'a part of '}the {subject}"
+    match listens, kept:
+        case True, True:
+            return f"{text}, still draws what the prompt says, and leaves other pictures plain."
+        case True, False:
+            return f"{text} and still draws what the prompt says, but other pictures are now in it too."
+        case False, True:
+            return f"{text} and leaves other pictures plain, but it follows the rest of a prompt less well."
+        case _:
+            return f"{text}, but it follows the rest of a prompt less well, and other pictures are now in it too."
+
+
+def _grade(gain: float, well: bool) -> Grade:
+    if gain < GAIN / 3:
+        return "bad"
+    return "good" if gain >= GAIN and well else "mixed"
 
 
 def closeness(evaluation: Evaluation, value: float) -> float:

@@ -13,6 +13,7 @@ Importing this package loads no torch; ``Judge`` is loaded on first use.
     instance_pictures(one)     its 5 training pictures;  heldout_pictures(one) others, in other places
     scene_prompts(one, token)  [(prompt, factors)]: the subject in new places; token "" leaves the token out
     style(seed)                a style: .apply(picture) .token .prompt(scene)
+    training_scenes(seed)      the scenes of a style's training pictures
     Judge.load()               .attributes(images) -> {factor: indices (B,)}, .attribute_names(images),
                                .embed(images) -> unit vectors (B, 64), .prompt_accuracy(images, factors) -> (B,);
                                images are PIL pictures or float (B, 3, 64, 64) in [0, 1]
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.tinyworld.captions import RARE, caption, compose, parse
-from finetune.tinyworld.style import Style, style
+from finetune.tinyworld.style import Style, style, training_scenes
 from finetune.tinyworld.subject import (
     Subject,
     heldout_pictures,
@@ -61,6 +62,7 @@ __all__ = [
     "scene_prompts",
     "style",
     "subject",
+    "training_scenes",
 ]
 
 

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.tinyworld import world
-from finetune.tinyworld.style import style
+from finetune.tinyworld.style import heldout_scenes, style, training_scenes
 from finetune.tinyworld.subject import HELDOUT, Subject, instance_scenes, new_scenes, prompt_of, scene_prompts, subject
 from finetune.tinyworld.world import Scene
 
 if TYPE_CHECKING:
     from finetune.tinyworld.gates import Gate
 
-STYLE_SCENES, STYLE_HELDOUT = 12, 8
 
-
-def write_subject(seed: int, out: Path) -> list[Path]:
-    """Draw a never-seen subject.
+def write_subject(seed: int, out: Path, token: str | None = None) -> list[Path]:
+    """Draw a never-seen subject; ``token`` replaces its rare word in all captions.
 
     ``instance/00.png … 04.png`` with ``metadata.jsonl``, ``masks/`` of the same names (255 = object), ``heldout/`` with
     ``metadata.jsonl`` and ``masks/``, and ``subject.json``: seed, class word, rare token, prompts.
@@ -35,7 +34,7 @@ def write_subject(seed: int, out: Path) -> list[Path]:
     Raises:
         UserError: for a negative seed, or when ``out`` holds something else already.
     """
-    one = subject(seed)
+    one = subject(seed) if token is None else replace(subject(seed), token=token)
     _claim(out, "subject.json", seed)
     written: list[Path] = []
     lines: list[dict[str, Any]] = []
@@ -69,22 +68,23 @@ def describe(one: Subject) -> dict[str, Any]:
     }
 
 
-def write_style(seed: int, out: Path) -> list[Path]:
+def write_style(seed: int, out: Path, token: str | None = None) -> list[Path]:
     """Draw a style set: ``instance/`` with sidecar captions, ``heldout/`` with ``metadata.jsonl``, ``style.json``.
+
+    ``token`` replaces its rare word in all captions.
 
     Raises:
         UserError: for a negative seed, or when ``out`` holds something else already.
     """
-    one = style(seed)
+    one = style(seed) if token is None else replace(style(seed), token=token)
     _claim(out, "style.json", seed)
-    scenes = [Scene.having({}, world.rng("style scene", seed, at)) for at in range(STYLE_SCENES + STYLE_HELDOUT)]
     written, lines = [], []
-    for at, scene in enumerate(scenes[:STYLE_SCENES]):
+    for at, scene in enumerate(training_scenes(seed)):
         text = out / "instance" / f"{at:02d}.txt"
         written.append(_save(one.apply(world.render(scene)[0]), text.with_suffix(".png")))
         text.write_text(one.prompt(scene) + "\n", encoding="utf-8")
         written.append(text)
-    for at, scene in enumerate(scenes[STYLE_SCENES:]):
+    for at, scene in enumerate(heldout_scenes(seed)):
         written.append(_save(one.apply(world.render(scene)[0]), out / "heldout" / f"{at:02d}.png"))
         lines.append({"file_name": f"{at:02d}.png", "text": one.prompt(scene), "factors": scene.factors})
     written.append(_write_lines(out / "heldout" / "metadata.jsonl", lines))

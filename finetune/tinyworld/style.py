@@ -12,6 +12,9 @@ from finetune.errors import UserError
 from finetune.tinyworld import captions, world
 from finetune.tinyworld.world import Scene
 
+INSTANCES, HELDOUT = 12, 8
+FLATNESS, OPACITY = 0.85, 0.45  # what is left of the contrast of colours, and how much a line covers
+
 
 @dataclass(frozen=True, slots=True)
 class Style:
@@ -26,9 +29,9 @@ class Style:
 
     def apply_array(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A picture uint8 (h, w, 3) in this style."""
-        turned = (picture / 255 - 0.5) @ self.turn.T * 0.85 + 0.5
+        turned = (picture / 255 - 0.5) @ self.turn.T * FLATNESS + 0.5
         across = np.arange(picture.shape[1 if self.upright else 0]) % self.period < self.period // 2
-        lines = (across[None, :] if self.upright else across[:, None])[..., None] * 0.45
+        lines = (across[None, :] if self.upright else across[:, None])[..., None] * OPACITY
         return np.rint((turned * (1 - lines) + np.array(self.tint) / 255 * lines).clip(0, 1) * 255).astype(np.uint8)
 
     def apply(self, picture: Image.Image) -> Image.Image:
@@ -55,6 +58,16 @@ def style(seed: int) -> Style:
     tint = tuple(int(value) for value in generator.integers(0, 256, 3))
     token = captions.RARE[seed % len(captions.RARE)]
     return Style(seed, token, turn, (tint[0], tint[1], tint[2]), 8, bool(generator.integers(2)))
+
+
+def training_scenes(seed: int) -> list[Scene]:
+    """The scenes of a style's training pictures."""
+    return [Scene.having({}, world.rng("style scene", seed, at)) for at in range(INSTANCES)]
+
+
+def heldout_scenes(seed: int) -> list[Scene]:
+    """Other scenes, that no training sees."""
+    return [Scene.having({}, world.rng("style scene", seed, INSTANCES + at)) for at in range(HELDOUT)]
 
 
 def _rotation(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:

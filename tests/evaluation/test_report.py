@@ -82,7 +82,7 @@ def full() -> ReportData:
     return ReportData(
         title="zib star",
         kind="DreamBooth",
-        trigger="zib",
+        triggers=("zib",),
         subject=[Captioned(noise(3), "a zib star")],
         scenes=[Shot("a zib star on snow", row, row)],
         instance=Shot("a zib star", row, row),
@@ -148,7 +148,7 @@ def test_what_users_wrote_is_text_and_never_html(tmp_path: Path) -> None:
         full(),
         title=ATTACK,
         kind=ATTACK,
-        trigger="zib",
+        triggers=("zib",),
         subject=[Captioned(noise(3), ATTACK + '" onerror="alert(1)')],
         scenes=[Shot(f"a zib {ATTACK}", [noise(1)], [noise(1)])],
         exported=[ExportedFile(ATTACK, ATTACK, 1, [Check(ATTACK, False, ATTACK)])],

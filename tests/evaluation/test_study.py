@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import GuardError, UserError
-from finetune.evaluation import findings, study
+from finetune.evaluation import findings, study, trials
 from finetune.evaluation.protocol import Evaluation, Figures
 
 RECIPE = """
@@ -99,12 +99,12 @@ def test_a_section_replaces_its_older_self_and_nothing_else(tmp_path: Path) -> N
 
 def test_peak_memory_is_of_the_run_alone(tmp_path: Path) -> None:
     held = 300_000_000
-    code, peak = study._watched(
+    code, peak = trials.watched(
         [sys.executable, "-c", f"x = b'x' * {held}; import time; time.sleep(1)"], tmp_path / "log"
     )
     assert code == 0
     assert held < peak < 2 * held
-    assert study._watched([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")[0] == 3
+    assert trials.watched([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")[0] == 3
 
 
 def test_a_trial_without_an_evaluation_is_an_error(recipes: Path) -> None:
