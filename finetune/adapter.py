@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -18,11 +18,15 @@ class ParameterGroup:
         name: for logs and for the optimizer's groups, for example "denoiser".
         parameters: by their canonical name (``<network>.<parameter path>``), in a fixed order.
         learning_rate: replaces the run's, where it is set.
+        factor: what either is multiplied by.
+        decays: whether weight decay acts on them.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
     learning_rate: float | None = None
+    factor: float = 1.0
+    decays: bool = True
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,11 @@ class Weights:
     """A trained adapter at rest: what exporters write and importers read.
 
     Attributes:
-        kind: "lora" or "full".
+        kind: what wrote it, a name of ``finetune.export.kinds.KINDS``.
         tensors: under canonical names, on the CPU. LoRA: ``<network>.<module>.lora_A.weight`` [r, in, ...],
             ``.lora_B.weight`` [out, r, ...] and ``.alpha`` [] such that the change of a weight is
-            ``alpha / r * B A`` whatever the scaling rule of the training was. Full:
+            ``alpha / r * B A`` whatever the scaling rule of the training was, and with DoRA
+            ``.lora_magnitude_vector.weight``. Lycoris: ``<network>.<module>.<part>``, PEFT's parts. Full:
             ``<network>.<parameter>``, only what was trained.
         settings: the method's settings as plain strings, for a file's header (rank, alpha, targets, ...).
     """
@@ -44,9 +49,15 @@ class Weights:
 
 
 class Adapter(Protocol):
-    """Trainable weights already attached to a family's networks."""
+    """Trainable weights already attached to a family's networks.
+
+    Methods inherit from this class; those of its methods that have a body are for methods whose training has phases
+    or constraints, and do nothing by default.
+    """
 
     kind: ClassVar[str]
+    phased: ClassVar[bool] = False
+    """Whether some trained weights may have no part in the loss of some steps."""
 
     def groups(self) -> list[ParameterGroup]:
         """All that is trained, and nothing else."""
@@ -71,3 +82,27 @@ class Adapter(Protocol):
     def disabled(self) -> AbstractContextManager[None]:
         """Inside, the networks answer as they did before anything was trained."""
         ...
+
+    def parts(self) -> Sequence[Adapter]:
+        """The adapters that this one is made of, each of which is exported for itself."""
+        return (self,)
+
+    def begin_run(self, steps: int) -> None:
+        """Called once, before the first step of this or a continued run: how many updates it has in all."""
+        return  # or type checkers take an empty body for an abstract one
+
+    def begin_step(self, step: int) -> None:
+        """Called before the forward passes of update ``step`` (updates done so far), also after a resume."""
+        return
+
+    def resting(self, step: int) -> frozenset[str]:
+        """Names of groups whose weights update ``step`` must leave as they are, bit for bit."""
+        return frozenset()
+
+    def end_step(self, rates: Mapping[str, float]) -> None:
+        """Called after each update, with the learning rate of each group: where weights are kept within bounds."""
+        return
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss for weights that went astray, a scalar with gradient; None where there is none."""
+        return None

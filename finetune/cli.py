@@ -62,11 +62,16 @@ def train(
         str | None,
         typer.Option(help="A launch profile: a name of launch/accelerate, such as cpu-2, or a file of accelerate's."),
     ] = None,
+    each_concept: Annotated[
+        bool, typer.Option("--each-concept", help="One run a concept, each into a folder below the recipe's output.")
+    ] = False,
 ) -> None:
     """Run a recipe; run it again to continue where it stopped."""
-    from finetune.config.command import launch_recipe, run_recipe
+    from finetune.config.command import launch_recipe, run_each, run_recipe
 
-    if launch is None:
+    if each_concept:
+        run_each(recipe, overrides or [], launch)
+    elif launch is None:
         run_recipe(recipe, overrides or [])
     else:
         launch_recipe(recipe, overrides or [], launch)
@@ -161,6 +166,30 @@ def verify(
     found = check(adapter, base, against.replace(" ", "").split(",") if against else None)
     typer.echo(str(found))
     found.require()
+
+
+@app.command("merge-concepts")
+def merge_concepts(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Custom Diffusion runs, or their folders.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the delta and the words.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What each is called, '<new1> cat', in order.", show_default="the trigger")
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to leave as they are, a line each.", show_default="random words of the vocabulary"),
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Put several Custom Diffusion concepts into one delta, in closed form, without training."""
+    from finetune.export.merge_concepts import merge_concepts as merge
+    from finetune.export.merge_concepts import read_prompts
+
+    path = merge(runs, out, prompt, read_prompts(keep) if keep else None, base)
+    typer.echo(f"{path}: draw with it: finetune sample {out} --prompt ...")
 
 
 @app.command()

@@ -9,9 +9,26 @@ from torch import Tensor
 
 from finetune.adapter import Adapter
 from finetune.batch import Batch
+from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
 from finetune.family import ModelFamily
 from finetune.objective import Noised
 from finetune.randomness import generator
+
+
+def training_loss(family: ModelFamily, adapter: Adapter, batch: Batch, recipe: Recipe) -> PriorLoss | Tensor:
+    """What most recipes make small: the mean denoising error, and the class preserved as the recipe's prior says.
+
+    ``recipes/dreambooth.py`` spells it out.
+    """
+    error = denoising_error(family, batch, recipe.seed)
+    match recipe.prior:
+        case ImagesPrior(layout=layout, weight=weight):
+            return (pairwise_loss if layout == "pairwise" else mixed_loss)(error, batch.prior, weight)
+        case ModelPrior(weight=weight):
+            kept = preservation_error(family, adapter, batch, recipe.seed).mean()
+            return PriorLoss(error.mean() + weight * kept, error.mean(), kept)
+        case _:
+            return error.mean()
 
 
 def denoising_error(family: ModelFamily, batch: Batch, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,8 +121,14 @@ class Processes:
             raise failure or told
         return result
 
-    def engine(self, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
-        """Make ``trainee`` and its optimizer work across the processes. Once per run."""
+    def engine(self, trainee: nn.Module, optimizer: torch.optim.Optimizer, phased: bool = False) -> Engine:
+        """Make ``trainee`` and its optimizer work across the processes. Once per run.
+
+        Args:
+            phased: some weights have no part in the loss of some steps, which processes then have to find out.
+        """
+        if phased:
+            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return Engine(self._accelerator, trainee, optimizer)
 
     def _device_name(self) -> str:
@@ -157,9 +164,16 @@ class Engine:
         """Add ``loss``'s gradients, divided by the number of micro-steps that accumulate."""
         self._accelerator.backward(loss)
 
-    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-        """Scale gradients down to ``max_norm`` where they are longer, and return their norm before, a scalar."""
-        return torch.as_tensor(self._accelerator.clip_grad_norm_(parameters, max_norm))
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float, max_value: float | None = None) -> Tensor:
+        """Scale gradients down to ``max_norm`` where they are longer, and return their norm before, a scalar.
+
+        With ``max_value``, cut each of their numbers to that size instead. Either acts on true gradients: those of
+        float16 have been divided by the loss scale by then.
+        """
+        norm = self._accelerator.clip_grad_norm_(parameters, max_norm if max_value is None else math.inf)
+        if max_value is not None:
+            nn.utils.clip_grad_value_(parameters, max_value)
+        return torch.as_tensor(norm)
 
     def step(self) -> None:
         """Move the weights and forget the gradients. Under float16 weights stay where a gradient overflowed."""

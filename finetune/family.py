@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
+from finetune.errors import UserError
 from finetune.objective import Objective
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,58 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the network whose embedding table it indexes."""
+    """A tokenizer and the network whose embedding table it indexes.
+
+    Attributes:
+        words: new words in captions -> the tokens that now stand for each, of those that ``add`` made.
+    """
 
     tokenizer: Any
     network: str
+    words: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, word: str, vectors: int) -> list[int]:
+        """Make ``word`` a token, and ``<word>_1``, ``<word>_2``, ... those of its further vectors. Returns their ids.
+
+        Raises:
+            UserError: the tokenizer knows one of them already, or mistakes one for another word.
+        """
+        tokens = [word, *(f"{word}_{place}" for place in range(1, vectors))]
+        for token in tokens:
+            pieces = self.tokenizer(token, add_special_tokens=False).input_ids
+            if len(pieces) == 1 or token in self.tokenizer.get_vocab():
+                raise UserError(f"{token!r} is a word that the model knows; a new one is written like '<{word}>'")
+        if mistaken := [known for known in self.words if known in word or word in known]:
+            raise UserError(f"{word!r} cannot be told from {mistaken[0]!r}; neither may be part of the other")
+        self.tokenizer.add_tokens(tokens)
+        ids = self.tokenizer.convert_tokens_to_ids(tokens)
+        if self.tokenizer(" ".join(tokens), add_special_tokens=False).input_ids != ids:
+            raise UserError(f"{word!r} cannot be told from another word; choose one that no other is part of")
+        self.words[word] = tokens
+        return ids
+
+    def expand(self, caption: str) -> str:
+        """``caption`` with all tokens of its new words, as diffusers' ``maybe_convert_prompt`` has it in pipelines."""
+        for word, tokens in self.words.items():
+            caption = caption.replace(word, " ".join(tokens))
+        return caption
+
+
+@dataclass(frozen=True)
+class SharedSpace:
+    """The CLIP that a text encoder was taken from: text and pictures become vectors that can be compared.
+
+    Attributes:
+        name: of the CLIP, a hub name or a folder.
+        encoder: hex digest of the text encoder that it belongs to.
+        projection: float32 [d, width], from the encoder's state at the end of a text to the space.
+        embed: pictures of any size to vectors of the space, float32 [N, d], their lengths left as they are.
+    """
+
+    name: str
+    encoder: str
+    projection: Tensor
+    embed: Callable[[Sequence[Image.Image]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,12 +91,17 @@ class Sites:
         selections: preset -> network -> regular expressions searched in a parameter's name; for partial fine-tuning.
         readers: endings of the denoiser's key and value layers that read the prompt; for hypernetworks.
         vocabularies: tokenizers and their embedding tables; for textual inversion.
+        shared_space: finds the space that the text encoder shares with pictures, given the name of its CLIP where the
+            family cannot know it; for aesthetic embeddings.
     """
 
     linears: Mapping[str, Mapping[str, Sequence[str]]]
     selections: Mapping[str, Mapping[str, Sequence[str]]]
     readers: tuple[str, str] | Unsupported
     vocabularies: Sequence[Vocabulary]
+    shared_space: Callable[[str | None], SharedSpace] | Unsupported = Unsupported(
+        "no CLIP is known that its prompts and pictures have in common"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,8 +168,12 @@ class ModelFamily(Protocol):
         """Tokenize and encode; gradients flow where a text encoder trains. Over-long captions are cut."""
         ...
 
-    def caption_overflow(self, caption: str) -> int:
-        """How many tokens of ``caption`` ``encode_prompt`` would cut off; needs the tokenizer alone."""
+    def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens of ``caption`` ``encode_prompt`` would cut off; needs the tokenizer alone.
+
+        Args:
+            words: new words and how many tokens each will be, where the tokenizer does not know them yet.
+        """
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:

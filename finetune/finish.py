@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from finetune import evaluation
+from finetune.adapter import Weights
 from finetune.config import Recipe, lock
-from finetune.data import Batches, Concept
+from finetune.data import Batches, Concept, Picture
 from finetune.distributed import Processes
-from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData
+from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
-from finetune.export import Verification, export, identify, verify
+from finetune.export import Identity, Verification, export, identify, pieces, verify
 from finetune.export.sample import adapted
 from finetune.families import load_family
 from finetune.family import ModelFamily
 from finetune.sampling import draw
-from finetune.train import Trainer
+from finetune.train import RunFolder, Trainer
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_EMBEDDED = re.compile(r"tinyworld:subject/(\d+)")
+_SHARED_SCENES = 3  # new scenes of each concept, where there are several
 _SHOWN = 24  # pictures of a kind that the report shows at most
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a run was given, as far as the report shows it.
+
+    Attributes:
+        concepts: the pictures.
+        classes: class images.
+        prompts: of pictures that were drawn on the way.
+        notes: what should not pass unseen.
+        verdict: says from the answers before and after what came of it, where the embedded world's judge has no say.
+    """
+
+    concepts: Sequence[Concept]
+    classes: Sequence[Picture] = ()
+    prompts: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    verdict: Callable[[Answers, Answers], str] | None = None
 
 
 def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
@@ -39,53 +59,67 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
         GuardError: nothing was learned, or a written file does not read back as what was trained.
     """
     recipe, processes, folder = trainer.recipe, trainer.processes, trainer.folder
-    weights = trainer.finish()
+    verified = write(trainer.finish(), family, recipe, processes, folder.adapters)
+    if recipe.report.enabled:
+        family.release(*list(family.networks))  # the base and the exported file are loaded anew
+        prompts = recipe.samples.prompts or batches.example_prompts
+        shown = Shown(batches.concepts, batches.classes, prompts, batches.notes)
+        report(recipe, processes, shown, folder, verified)
+
+
+def write(
+    weights: Sequence[Weights], family: ModelFamily, recipe: Recipe, processes: Processes, folder: Path
+) -> list[Verification]:
+    """Export into ``folder``, load every file again and compare. Every process must call it.
+
+    Raises:
+        GuardError: nothing was learned, or a written file does not read back as what was trained.
+    """
     verified = processes.on_main(
-        lambda: [verify(path, weights=weights) for path in export(weights, family, recipe, folder.adapters)]
+        lambda: [verify(path, weights=one) for one in weights for path in export(one, family, recipe, folder)]
     )
     for one in verified:
         processes.say(str(one))
         one.require()
-    if recipe.report.enabled:
-        family.release(*list(family.networks))  # the base and the exported file are loaded anew
-        report(recipe, processes, batches, trainer, verified)
+    return verified
 
 
 def report(
-    recipe: Recipe, processes: Processes, batches: Batches, trainer: Trainer, verified: Sequence[Verification]
+    recipe: Recipe, processes: Processes, shown: Shown, folder: RunFolder, verified: Sequence[Verification]
 ) -> None:
     """Ask the untouched model and the exported file the same questions, and write ``report.html``."""
-    concept, folder = batches.concepts[0], trainer.folder
-    subject = _embedded_subject(recipe)
-    asked = _questions(recipe, concept, subject)
-    processes.say(f"drawing {2 * _count(asked)} pictures for the report")
+    concepts, taught = shown.concepts, _taught(recipe)
+    asked = _questions(recipe, concepts, taught)
+    processes.say(f"drawing {2 * asked.pictures} pictures for the report")
     base = load_family(recipe.model, device=processes.device)
     before = _ask(asked, base, recipe, processes)
     base.release(*list(base.networks))
     file = verified[0].path
-    source = None if identify(file).kind == "full" else recipe.model.path
-    after = _ask(asked, adapted(file, source, device=processes.device), recipe, processes)
+    source = None if identify(file).whole else recipe.model.path
+    after = _ask(asked, adapted(folder.adapters, source, device=processes.device), recipe, processes)
     if not processes.is_main:
         return
-    judged = None if subject is None else evaluation.evaluate(subject, asked, before, after)
+    judged = taught[0].evaluate(asked, before, after) if len(taught) == 1 and taught[0] else None
     if judged:
         judged.write(folder.path)
+    verdict = shown.verdict(before, after) if shown.verdict else None
     metrics = evaluation.read_metrics(folder.metrics)
     data = ReportData(
-        title=_title(concept, recipe),
+        title=_title(concepts, recipe),
         kind=_kind(recipe),
-        trigger=concept.config.trigger or "",
-        subject=[Captioned(_open(picture.path), picture.captions[0]) for picture in concept.pictures[:_SHOWN]],
-        class_images=[Captioned(_open(picture.path), picture.captions[0]) for picture in batches.classes[:_SHOWN]],
-        class_image_count=len(batches.classes),
+        triggers=[concept.config.trigger for concept in concepts if concept.config.trigger],
+        verdict=verdict,
+        subject=[Captioned(_open(picture.path), picture.captions[0]) for picture in _pictures(concepts)],
+        class_images=[Captioned(_open(picture.path), picture.captions[0]) for picture in shown.classes[:_SHOWN]],
+        class_image_count=len(shown.classes),
         evaluation=judged,
         metrics=metrics,
-        snapshots=_snapshots(folder.samples, recipe.samples.prompts or batches.example_prompts),
+        snapshots=_snapshots(folder.samples, shown.prompts),
         exported=[_exported(one, folder.path) for one in verified],
         commands=_commands(recipe, verified, asked),
         recipe=lock(recipe),
         facts={**machine(), **versions(), "processes": processes.describe()},
-        notes=batches.notes,
+        notes=shown.notes,
         seconds=time.time() - psutil.Process().create_time(),
         training_seconds=sum(row.get("seconds", 0.0) for row in metrics),
         peak_memory=_peak_memory(),
@@ -93,31 +127,46 @@ def report(
     )
     evaluation.write_sheet(folder.path / "before-after.png", data)
     page = evaluation.write_report(folder.path, data)
-    if judged:
-        processes.say(_figures(judged))
+    if verdict or judged:
+        processes.say(verdict or _figures(judged))
     processes.say(f"report: {page}")
 
 
-def _embedded_subject(recipe: Recipe) -> int | None:
-    """The embedded world's subject that is taught, if it is one of them and nothing else."""
-    found = [_EMBEDDED.fullmatch(concept.folder) for concept in recipe.data.concepts]
+def _taught(recipe: Recipe) -> list[Taught | None]:
+    """What each concept is of the embedded world; all None for another model."""
     shipped = recipe.model.path == "tinyworld"
-    return int(found[0][1]) if shipped and len(found) == 1 and found[0] else None
+    return [Taught.of(concept) if shipped else None for concept in recipe.data.concepts]
 
 
-def _questions(recipe: Recipe, concept: Concept, subject: int | None) -> Questions:
-    if subject is not None and not recipe.report.prompts:
-        return evaluation.tinyworld_questions(subject)
-    taught = concept.config.prompt or concept.pictures[0].captions[0]
+def _questions(recipe: Recipe, concepts: Sequence[Concept], taught: Sequence[Taught | None]) -> Questions:
+    """Of one concept of the embedded world, its own; else the report's prompts, and what each concept brings."""
+    triggers = [concept.config.trigger for concept in concepts]
+    asked = recipe.report.prompts
+    if len(taught) == 1 and taught[0] and not asked:
+        return taught[0].questions(concepts[0].config)
+    scenes: list[tuple[str, Mapping[str, str]]] = [(prompt, {}) for prompt in asked]
+    for one, concept in zip(taught, concepts, strict=True):
+        scenes += one.questions(concept.config, _SHARED_SCENES).scenes if one and not asked else ()
+    prompts = [concept.config.prompt or concept.pictures[0].captions[0] or asked[0] for concept in concepts]
+    scenes += [(prompt, {}) for prompt in prompts[1:]]
+    with_word = [scene for scene in scenes if set(scene[0].split()) & set(triggers)] or scenes
+    classes = list(dict.fromkeys(concept.config.class_prompt for concept in concepts if concept.config.class_prompt))
     count = recipe.report.per_prompt
     return Questions(
-        scenes=tuple((prompt, {}) for prompt in recipe.report.prompts),
-        instance=taught,
-        class_prompt=concept.config.class_prompt,
+        scenes=tuple(with_word),
+        instance=prompts[0],
+        class_prompt=classes[0] if classes else None,
         per_scene=count,
         per_instance=count,
         per_class=count,
+        plain=(*classes[1:], *(scene[0] for scene in scenes if scene not in with_word)),
     )
+
+
+def _pictures(concepts: Sequence[Concept]) -> list[Picture]:
+    """Of all concepts as many, and no more than the report shows."""
+    each = max(1, _SHOWN // len(concepts))
+    return [picture for concept in concepts for picture in concept.pictures[:each]]
 
 
 def _ask(asked: Questions, family: ModelFamily, recipe: Recipe, processes: Processes) -> Answers:
@@ -128,26 +177,27 @@ def _ask(asked: Questions, family: ModelFamily, recipe: Recipe, processes: Proce
     return evaluation.ask(asked, draw_each)
 
 
-def _count(asked: Questions) -> int:
-    of_class = asked.per_class if asked.class_prompt else 0
-    return len(asked.scenes) * asked.per_scene + asked.per_instance + of_class
+def _title(concepts: Sequence[Concept], recipe: Recipe) -> str:
+    return ", ".join(filter(None, map(_name, concepts))) or Path(recipe.output).name
 
 
-def _title(concept: Concept, recipe: Recipe) -> str:
-    if concept.config.trigger and concept.config.prompt:
-        words = concept.config.prompt.split()
-        if concept.config.trigger in words:
-            return " ".join(words[words.index(concept.config.trigger) :])
-    return Path(recipe.output).name
+def _name(concept: Concept) -> str:
+    """What a concept is called: its prompt from the trigger on, or as its captions speak of it."""
+    trigger = concept.config.trigger or ""
+    words = (concept.config.prompt or "").split()
+    if trigger in words:
+        return " ".join(words[words.index(trigger) :])
+    spoken = all(f"style of {trigger}" in text for picture in concept.pictures for text in picture.captions)
+    return f"style {trigger}" if trigger and spoken else trigger
 
 
 def _kind(recipe: Recipe) -> str:
-    adapter = recipe.adapter
-    trained = f"LoRA of rank {adapter.rank}" if adapter.kind == "lora" else f"whole weights ({adapter.select})"
-    names = {"dreambooth": "DreamBooth", "lora": "LoRA", "full": "Full fine-tuning"}
+    names = {"lora": "LoRA", "dreambooth": "DreamBooth"}
     priors = {"images": "prior preservation by class images", "model": "prior preservation by the untouched model"}
     prior = priors.get(recipe.prior.kind, "no prior preservation")
-    return f"{names[recipe.recipe]}, {trained}, {prior}"
+    name = names.get(recipe.recipe, recipe.recipe.replace("_", " ").capitalize())
+    parts = [name, recipe.adapter.summary, *([] if recipe.adapter.kind == "aesthetic" else [prior])]
+    return ", ".join(parts)
 
 
 def _snapshots(folder: Path, prompts: Sequence[str]) -> list[evaluation.Snapshot]:
@@ -177,12 +227,15 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         loading = "from finetune.tinyworld import BASE\n\npipeline = StableDiffusionPipeline.from_pretrained(BASE)"
     else:
         loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({base!r})"
-    if recipe.adapter.kind == "full":
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({str(path)!r})"
-    else:
-        loading += f"\npipeline.load_lora_weights({str(path)!r})"
+    used = pieces(path.parent)
+    if used[0].whole:
+        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({str(used[0].path)!r})"
+    lines = [_loading(one) for one in used if not one.whole]
+    own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
+    loading = "\n".join([own + loading, *lines])
+    what = path if len(used) == 1 else path.parent
     return [
-        Command("draw with it", f'finetune sample {path} --prompt "{prompt}" --seed 0'),
+        Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0'),
         Command(
             "in diffusers",
             f"from diffusers import StableDiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
@@ -191,11 +244,25 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
     ]
 
 
+def _loading(one: Identity) -> str:
+    """The line that puts a file into a diffusers pipeline."""
+    loaders = {
+        "full": "finetune.load_delta",
+        "aesthetic": "finetune.load_aesthetic",
+        "hypernetwork": "finetune.load_hypernetwork",
+        "lycoris": "finetune.load_lycoris",
+    }
+    if one.kind in loaders or one.layout == "difference":
+        return f"{loaders.get(one.kind, 'finetune.load_lycoris')}(pipeline, {str(one.path)!r})"
+    load = "load_textual_inversion" if one.kind == "embedding" else "load_lora_weights"
+    return f"pipeline.{load}({str(one.path)!r})"
+
+
 def _figures(one: Evaluation) -> str:
     before, after = one.before, one.after
+    ends = "0: others of its class, 1: real pictures" if one.kind == "subject" else "0: plain, 1: renders in the style"
     return (
-        f"subject fidelity {before.normalised:.2f} -> {after.normalised:.2f} "
-        "(0: others of its class, 1: real pictures), "
+        f"{one.kind} fidelity {before.normalised:.2f} -> {after.normalised:.2f} ({ends}), "
         f"prompt accuracy {before.accuracy:.2f} -> {after.accuracy:.2f}, "
         f"PRES* {before.pres:.2f} -> {after.pres:.2f}, DIV* {before.div:.2f} -> {after.div:.2f}"
     )

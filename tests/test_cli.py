@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune import cli
-from finetune.config import Recipe, command
+from finetune.config import Recipe, command, read_recipe
 from finetune.errors import GuardError, Stopped, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def finetune(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 def test_validate_says_ok_and_what_the_recipe_does(recipe, monkeypatch, capsys) -> None:
     assert finetune(monkeypatch, "validate", recipe, "train.steps=7") == 0
     said = capsys.readouterr()
-    assert said.out.startswith("ok: dreambooth trains lora of rank 4 on attention of tinyworld")
+    assert said.out.startswith("ok: dreambooth trains LoRA of rank 4 on attention of tinyworld")
     assert "7 steps" in said.out
     assert not said.err
 
@@ -244,3 +244,32 @@ def test_tinyworld_draws_a_subject_and_refuses_a_folder_in_use(monkeypatch, caps
 def test_evaluate_wants_a_run(monkeypatch, capsys, recipe) -> None:
     assert finetune(monkeypatch, "evaluate", recipe) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+TWO = GOOD.replace(
+    "prior:",
+    "  - {folder: more/rex, prompt: a photo of <wug> cross, trigger: <wug>, class_prompt: a cross}\n"
+    "  - {folder: more/rex, prompt: a photo of wug ring, trigger: wug, class_prompt: a ring}\nprior:",
+)
+
+
+def test_each_concept_gets_a_run_of_its_own(recipe, monkeypatch) -> None:
+    recipe.write_text(TWO, encoding="utf-8")
+    asked: list[Recipe] = []
+
+    def run(command_line: list[str], check: bool) -> SimpleNamespace:
+        assert command_line[1:4] == ["-m", "finetune", "train"] and command_line[-2:] == ["--launch", "cpu-2"]
+        asked.append(read_recipe(Path(command_line[4]), command_line[5:-2]))
+        return SimpleNamespace(returncode=3 if len(asked) == 3 else 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    changes = ["train.steps=7", "data.concepts.0.weight=2"]
+    assert finetune(monkeypatch, "train", "--each-concept", "--launch", "cpu-2", recipe, *changes) == 3
+    assert [one.output for one in asked] == ["run/zib", "run/wug", "run/wug-2"]
+    assert [one.data.concepts for one in asked] == [[one] for one in read_recipe(recipe, changes).data.concepts]
+    assert {one.train.steps for one in asked} == {7}
+
+
+def test_a_wrong_recipe_starts_no_run_of_any_concept(recipe, monkeypatch) -> None:
+    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: pytest.fail("was started"))
+    assert finetune(monkeypatch, "train", "--each-concept", recipe, "train.steps=0") == 2

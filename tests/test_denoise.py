@@ -14,7 +14,8 @@ from torch import Tensor
 
 from finetune.adapters import attach
 from finetune.batch import Batch, Conditioning, Posterior
-from finetune.config.schema import FullConfig, LoraConfig, ModelConfig
+from finetune.config.adapters import FullConfig, LoraConfig
+from finetune.config.schema import ModelConfig
 from finetune.denoise import denoising_error, mixed_loss, pairwise_loss, preservation_error, spoil, squared_error
 from finetune.families import load_family
 from finetune.family import ModelFamily

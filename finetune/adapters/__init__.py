@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from finetune.adapter import Adapter
-from finetune.adapters.full import Full
-from finetune.adapters.lora import Lora
-from finetune.config.schema import AdapterConfig, LoraConfig
+from finetune.config.adapters import AdapterConfig
 from finetune.family import ModelFamily
+
+METHODS = {
+    "lora": "lora.Lora",
+    "lokr": "lycoris.Lycoris",
+    "loha": "lycoris.Lycoris",
+    "oft": "lycoris.Lycoris",
+    "full": "full.Full",
+    "embedding": "embedding.Embedding",
+    "hypernetwork": "hypernetwork.Hypernetworks",
+    "pivotal": "pivotal.Pivotal",
+}
+"""A section's ``kind`` -> the class that carries it out, called with the section, the family and the seed."""
 
 
 def attach(config: AdapterConfig, family: ModelFamily, seed: int) -> Adapter:
@@ -16,6 +28,8 @@ def attach(config: AdapterConfig, family: ModelFamily, seed: int) -> Adapter:
         seed: of initial values, which depend on it and on each module's name alone.
 
     Raises:
-        UserError: a preset or pattern matches nothing.
+        UserError: a preset or pattern matches nothing, or the method has no place in this architecture.
     """
-    return Lora(config, family, seed) if isinstance(config, LoraConfig) else Full(config, family)
+    module, _, name = METHODS[config.kind].partition(".")
+    found: Adapter = getattr(import_module(f"{__name__}.{module}"), name)(config, family, seed)
+    return found

@@ -1,4 +1,9 @@
-"""Whole weights of the base, all of them or a selection."""
+"""Whole weights of the base, all of them or a selection.
+
+With ``detach_start`` as Custom Diffusion trains them (Kumari et al. 2023, https://arxiv.org/abs/2212.04488): of the
+layers that read the prompt, key and value of the start token pass no gradient. It stands in every prompt, so whatever
+one concept taught there would change all pictures.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +16,27 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune.adapter import ParameterGroup, Weights
+from finetune.adapter import Adapter, ParameterGroup, Weights
 from finetune.adapters.select import check_same, select
-from finetune.config.schema import FullConfig
-from finetune.family import ModelFamily
+from finetune.config.adapters import FullConfig
+from finetune.errors import UserError
+from finetune.family import ModelFamily, Unsupported
 
 
-class Full:
-    """Selected parameters of a family's networks, everything else frozen. Implements ``finetune.adapter.Adapter``.
+class Full(Adapter):
+    """Selected parameters of a family's networks, everything else frozen.
 
     ``parameters`` holds them by canonical name, ``<network>.<parameter>``. Train them in float32: in half precision
     small updates round to nothing.
 
     Raises:
-        UserError: a selection matches no parameter.
+        UserError: a selection matches no parameter, or the start token was to be detached in an architecture without
+            one.
     """
 
     kind: ClassVar[str] = "full"
 
-    def __init__(self, config: FullConfig, family: ModelFamily) -> None:
+    def __init__(self, config: FullConfig, family: ModelFamily, seed: int = 0) -> None:
         self.config = config
         self.family = family
         self.parameters: dict[str, nn.Parameter] = {}
@@ -44,6 +51,8 @@ class Full:
                 self._select(network, preset)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        if config.detach_start:
+            _detach_start(family)
 
     def _select(self, network: str, wanted: str | list[str]) -> None:
         named = dict(self.family.networks[network].named_parameters())
@@ -74,6 +83,8 @@ class Full:
             "select": chosen if isinstance(chosen, str) else json.dumps(chosen),
             "text_encoder": json.dumps(self.config.text_encoder),
         }
+        if self.config.detach_start:
+            settings["detach_start"] = "true"
         return Weights(self.kind, tensors, settings)
 
     @torch.no_grad()
@@ -115,3 +126,20 @@ class Full:
             copy = self.family.fresh(network)
             original |= {f"{network}.{name}": tensor.data for name, tensor in copy.named_parameters()}
         return {name: original[name].to(parameter) for name, parameter in self.parameters.items()}
+
+
+def _detach_start(family: ModelFamily) -> None:
+    """Let no gradient through what the layers that read the prompt make of its first token. Answers stay the same."""
+    readers = family.sites.readers
+    if isinstance(readers, Unsupported):
+        raise UserError(f"adapter.detach_start: {family.name} has no place for it: {readers.reason}")
+    for name, layer in family.networks["denoiser"].named_modules():
+        if name.endswith(readers):
+            layer.register_forward_hook(_without_start)
+
+
+def _without_start(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    """Keys or values [B, T, D] whose first of T is a constant to the backward pass."""
+    if not output.requires_grad:
+        return None
+    return torch.cat((output[:, :1].detach(), output[:, 1:]), dim=1)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
+import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune.config.reader import RecipeError, read_recipe
-from finetune.config.schema import Recipe
+from finetune.config.schema import ConceptConfig, Recipe
 from finetune.errors import GuardError, Stopped, UserError, nearest
 
 PROFILES = Path("launch/accelerate")
@@ -55,6 +59,38 @@ def launch_recipe(path: Path, overrides: Sequence[str], profile: str) -> NoRetur
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
     sys.stdout.flush()
     os.execv(sys.executable, [*launcher, str(page), "--config", str(path), *overrides])
+
+
+def run_each(path: Path, overrides: Sequence[str], profile: str | None = None) -> None:
+    """Run a recipe once for each of its concepts, each into a folder of its own below ``output``.
+
+    Every run is a process of its own, as if it had been asked for alone, and is continued where it stopped. Ends this
+    process with the exit code of the first run that fails.
+
+    Raises:
+        UserError: the recipe is wrong, which is found before anything starts.
+    """
+    recipe = read_recipe(path, overrides)
+    launch = [] if profile is None else ["--launch", profile]
+    for name, concept in concept_names(recipe).items():
+        alone = [f"data.concepts={json.dumps([concept.model_dump(mode='json')])}", f"output={recipe.output}/{name}"]
+        print(f"{name}: {recipe.output}/{name}", flush=True)
+        code = subprocess.run(
+            [sys.executable, "-m", "finetune", "train", str(path), *overrides, *alone, *launch], check=False
+        ).returncode
+        if code:
+            raise SystemExit(code)
+
+
+def concept_names(recipe: Recipe) -> dict[str, ConceptConfig]:
+    """The concepts of a recipe under names that can be folders: the trigger, or the folder; each its own."""
+    named: dict[str, ConceptConfig] = {}
+    for concept in recipe.data.concepts:
+        word = concept.trigger or concept.folder.removeprefix("tinyworld:")
+        stem = re.sub(r"[^\w.-]+", "-", word).strip("-.") or "concept"
+        numbered = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+        named[next(name for name in numbered if name not in named)] = concept
+    return named
 
 
 def _profile(name: str, roots: Sequence[Path]) -> Path:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from finetune.config.schema import Recipe, Section
+from finetune.config.schema import Recipe
+from finetune.config.section import Section
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ def element(annotation: Any) -> Any:
     return None
 
 
+def entry(annotation: Any) -> Any:
+    """What a mapping with free keys holds; None where ``annotation`` is no such mapping."""
+    bare, _ = _bare(annotation)
+    return get_args(bare)[1] if get_origin(bare) is dict else None
+
+
 def wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """What a value must be: "a positive integer", "one of no, fp16, bf16"."""
     bare, more = _bare(annotation)
@@ -94,6 +101,8 @@ def wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"a list of {_plural(get_args(bare)[0])}{', at least one' if limits.get(MinLen) else ''}"
     if get_origin(bare) is tuple:
         return f"a list of {len(get_args(bare))}, each {wanted(get_args(bare)[0])}"
+    if get_origin(bare) is dict:
+        return f"a section whose values are each {wanted(get_args(bare)[1])}"
     if is_section(bare):
         return "a section of keys"
     return {bool: "true or false", str: "text"}.get(bare) or _number("integer" if bare is int else "number", limits)

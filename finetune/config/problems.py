@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from finetune.config.describe import Listed, element, is_section, kinds, options, owners, wanted, wanted_of
+from finetune.config.describe import Listed, element, entry, is_section, kinds, options, owners, wanted, wanted_of
 from finetune.config.document import Located, Place, Problem
-from finetune.config.schema import Recipe, Section
+from finetune.config.schema import Recipe
+from finetune.config.section import Section
 from finetune.errors import nearest
 
 # What other trainers call it.
@@ -158,6 +159,10 @@ def _spot(location: Sequence[str | int]) -> _Spot:
         elif part in kinds(here):
             here = kinds(here)[str(part)]
             words = wanted(here)
+        elif entry(here) is not None:
+            path = (*path, part)
+            here = entry(here)
+            words = wanted(here)
         elif isinstance(part, int):
             if element(here) is None:  # a tuple: the whole of it is described
                 return _Spot(path, section, words)
@@ -171,12 +176,15 @@ def _hint(spot: _Spot, tree: Located) -> str:
     """The nearest right thing for a key that the section does not have."""
     key, above = str(spot.path[-1]), dotted([part for part in spot.path[:-1] if isinstance(part, str)])
     own = list(spot.section.model_fields)
-    having = owners(key)
-    for listed in having:
-        if listed.path == above:  # the same section of another kind has it
-            return f" of kind {shown(_value(tree, (*spot.path[:-1], 'kind')))}; `{key}` belongs to kind {listed.kind!r}"
-    if having:
-        return f"; `{key}` belongs to {' or '.join(dict.fromkeys(map(_called, having)))}"
+    here = [repr(listed.kind) for listed in owners(key) if listed.path == above]  # the same section of another kind
+    others = [listed for listed in owners(key) if listed.path != above]
+    if here:
+        kind = shown(_value(tree, (*spot.path[:-1], "kind")))
+        homes = [f"kind {one}" for one in here]
+        homes += [f"to {_called(listed)}" for listed in others if not listed.path.startswith(f"{above}.")]
+        return f" of kind {kind}; `{key}` belongs to {' or '.join(dict.fromkeys(homes))}"
+    if others:
+        return f"; `{key}` belongs to {' or '.join(dict.fromkeys(map(_called, others)))}"
     if close := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
         return f"; did you mean {close[0]!r}?"
     if called := difflib.get_close_matches(key, ALSO_CALLED, n=1, cutoff=0.85):

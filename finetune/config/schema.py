@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 
-Text = Annotated[str, Field(min_length=1)]
-Patterns = Annotated[list[Text], Field(min_length=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A mapping of a recipe: strict, frozen, no key but those it lists."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from finetune.config.adapters import AdapterConfig
+from finetune.config.rates import Pair, last_step, parse
+from finetune.config.section import Fraction, Probability, Section, Text
 
 
 class ModelConfig(Section):
@@ -29,45 +20,6 @@ class ModelConfig(Section):
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None
     """Commit or tag of a hub model."""
-
-
-class LoraConfig(Section):
-    """Low-rank adaptation, through PEFT."""
-
-    kind: Literal["lora"]
-    rank: PositiveInt = 16
-    """Inner size of B A; more can hold more, and costs more."""
-    alpha: PositiveFloat | None = None
-    """The change of a weight is `alpha / rank * B A`; as large as the rank where it is not set."""
-    dropout: Probability = 0.0
-    """On the input of A, while training."""
-    use_rslora: bool = False
-    """Scale by `alpha / sqrt(rank)` (Kalajdzievski 2023)."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Of A; B starts at zero."""
-    targets: Text | Patterns = "attention"
-    """A preset of the family (`attention`, `wide`, `conv`, ...) or regular expressions that match whole module paths
-    of the denoiser."""
-    text_encoder: bool = False
-    """Also adapt the text encoder's attention."""
-    text_encoder_learning_rate: PositiveFloat | None = None
-    """Replaces `train.learning_rate` for the text encoder."""
-
-
-class FullConfig(Section):
-    """Whole weights: all of them or a selection."""
-
-    kind: Literal["full"]
-    select: Text | Patterns = "all"
-    """A preset (`all`, `attention`, `cross-attention`, `cross-kv`) or regular expressions searched in the names of the
-    denoiser's parameters."""
-    text_encoder: bool = False
-    """Also train the text encoder."""
-    text_encoder_learning_rate: PositiveFloat | None = None
-    """Replaces `train.learning_rate` for the text encoder."""
-
-
-AdapterConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
 
 
 class ConceptConfig(Section):
@@ -108,6 +60,8 @@ class DataConfig(Section):
 
     concepts: Annotated[list[ConceptConfig], Field(min_length=1)]
     """One or several; draws are shared among them by their pictures and repeats."""
+    balance: bool = False
+    """Draw every concept equally often, however many pictures it has."""
     resolution: PositiveInt = 512
     """Side of the square that pictures are scaled and cropped to, in pixels."""
     flip: bool = False
@@ -191,6 +145,15 @@ class ScheduleConfig(Section):
     """Of `polynomial`."""
     final: Fraction = 0.0
     """Where a falling schedule ends, as a share of the learning rate."""
+    rates: Text | None = None
+    """The learning rate itself, step by step, as A1111 writes it: `5e-6:12000, 1e-7:30000` is 5e-6 in the first 12000
+    steps and 1e-7 up to step 30000, where the run ends if `train.steps` did not end it before. A last rate without a
+    step, or with step -1, lasts until `train.steps`. Takes the place of `train.learning_rate`."""
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """What ``rates`` says; empty where it is not set."""
+        return parse(self.rates) if self.rates is not None else ()
 
 
 class EmaConfig(Section):
@@ -217,6 +180,8 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm where they are longer."""
+    max_grad_value: PositiveFloat | None = None
+    """Every number of a gradient is cut to this size, instead of scaling by `max_grad_norm`."""
     min_snr_gamma: PositiveFloat | None = None
     """Min-SNR weighting of the loss (Hang et al. 2023), for example 5; none where it is not set."""
     ema: EmaConfig | None = None
@@ -228,6 +193,16 @@ class TrainConfig(Section):
     """`auto` takes the accelerator that launched processes are given, else the CPU."""
     threads: PositiveInt | None = None
     """CPU threads of each process; the cores divided among the processes of this machine where it is not set."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run: ``steps``, or fewer where ``schedule.rates`` end before."""
+        return min(self.steps, last_step(self.schedule.pairs) or self.steps)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest that the schedule reaches."""
+        return max((pair.rate for pair in self.schedule.pairs), default=self.learning_rate)
 
 
 class CheckpointConfig(Section):
@@ -256,9 +231,10 @@ class SamplesConfig(Section):
 class ExportConfig(Section):
     """What is written at the end. Every file is loaded again and compared before the run counts as done."""
 
-    formats: Annotated[list[Literal["diffusers", "kohya"]], Field(min_length=1)] = ["diffusers", "kohya"]
-    """LoRA: `diffusers` (PEFT keys) and `kohya` (A1111, Forge, ComfyUI, kohya's tools). Full models are written as a
-    diffusers folder."""
+    formats: (
+        Annotated[list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle"]], Field(min_length=1)] | None
+    ) = None
+    """Layouts of the files; all that the method has where it is not set: docs/formats.md."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the tensors in the files."""
 
@@ -278,7 +254,16 @@ class ReportConfig(Section):
 class Recipe(Section):
     """Everything that decides a run."""
 
-    recipe: Literal["dreambooth", "lora", "full"]
+    recipe: Literal[
+        "dreambooth",
+        "lora",
+        "full",
+        "textual_inversion",
+        "hypernetwork",
+        "pivotal",
+        "custom_diffusion",
+        "aesthetic",
+    ]
     """Which page under recipes/ runs it."""
     output: Text
     """Folder of the run."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Batch, Conditioning, Posterior
+from finetune.config.adapters import new_words
 from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
 from finetune.data import captions, images
 from finetune.data.encode import Latents, Prompts
 from finetune.data.processes import Alone, Processes
-from finetune.data.sampler import Drawn, Mixed, Order, Pairwise, Plain, Share
+from finetune.data.sampler import Balanced, Drawn, Fixed, Items, Mixed, Order, Pairwise, Plain, Share
 from finetune.data.sources import Concept, Picture
 from finetune.family import ModelFamily
 
@@ -132,6 +133,12 @@ class Batches:
         """SHA-256 of every picture file, by id."""
         return {picture.id: picture.facts.sha256 for picture in self.pictures}
 
+    @property
+    def words(self) -> dict[str, int]:
+        """The new words that are learned, and how many tokens each is."""
+        found = new_words(self.recipe.adapter)
+        return found.words if found else {}
+
     @cached_property
     def final_captions(self) -> list[str]:
         """Every string that some batch's prompts can hold, each once."""
@@ -154,6 +161,8 @@ class Batches:
         if small := self._enlarged():
             side = self.recipe.data.resolution
             notes.append(f"{small} of {len(self.pictures)} pictures are smaller than {side} pixels and are enlarged")
+        if self.recipe.adapter.kind == "embedding" and self.recipe.prior.kind != "none":
+            notes.append("the prior changes nothing: no class caption holds a new word, and nothing else trains")
         if cut := self._cut:
             text, lost = max(cut.items(), key=lambda item: item[1])
             notes.append(
@@ -164,7 +173,8 @@ class Batches:
     @cached_property
     def _cut(self) -> dict[str, int]:
         """Captions that the text encoder cannot read whole, and how many tokens they lose."""
-        return {text: lost for text in self.final_captions if (lost := self.family.caption_overflow(text))}
+        lost = {text: self.family.caption_overflow(text, self.words) for text in self.final_captions}
+        return {text: count for text, count in lost.items() if count}
 
     def _enlarged(self) -> int:
         side = self.recipe.data.resolution
@@ -177,7 +187,7 @@ class Batches:
         return {
             "concepts": len(self.concepts),
             "pictures": len(self._subjects),
-            "draws_per_epoch": sum(concept.draws for concept in self.concepts),
+            "draws_per_epoch": draws_per_epoch(self.recipe, self.concepts),
             "draws_per_step": self.share.per_step,
             "class_images": len(self.classes),
             "masked": sum(picture.mask is not None for picture, _ in self._subjects),
@@ -192,16 +202,25 @@ def order(recipe: Recipe, concepts: Sequence[Concept], classes: int) -> Order:
     """The order that a recipe's prior asks for.
 
     Args:
-        concepts: repeats of each multiply its pictures.
         classes: number of class pictures.
     """
-    items: list[int] = []
-    first = 0
-    for concept in concepts:
-        places = range(first, first + len(concept.pictures))
-        items += list(places) * concept.config.repeats
-        first += len(places)
+    items = _items(recipe, concepts)
     if not isinstance(recipe.prior, ImagesPrior):
         return Plain(items, recipe.seed)
     kind = Pairwise if recipe.prior.layout == "pairwise" else Mixed
     return kind(items, classes, recipe.seed)
+
+
+def draws_per_epoch(recipe: Recipe, concepts: Sequence[Concept]) -> int:
+    """Subject pictures of an epoch."""
+    return len(_items(recipe, concepts))
+
+
+def _items(recipe: Recipe, concepts: Sequence[Concept]) -> Items:
+    """The subjects' pictures: balanced, or each as often as its concept repeats."""
+    ends = list(itertools.accumulate(len(concept.pictures) for concept in concepts))
+    groups = [range(end - len(concept.pictures), end) for end, concept in zip(ends, concepts, strict=True)]
+    if recipe.data.balance:
+        return Balanced(groups, recipe.seed)
+    repeated = zip(groups, concepts, strict=True)
+    return Fixed([item for group, concept in repeated for item in list(group) * concept.config.repeats])

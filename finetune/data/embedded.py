@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from finetune import files
 from finetune.config.schema import ConceptConfig
 from finetune.errors import UserError
+from finetune.randomness import derive
 from finetune.tinyworld.commands import write_style, write_subject
-from finetune.tinyworld.style import style
+from finetune.tinyworld.style import Style, style
 from finetune.tinyworld.subject import subject
 
 SCHEME = "tinyworld:"
@@ -24,7 +26,7 @@ def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
 
     Args:
         config: its folder is ``tinyworld:subject/N`` or ``tinyworld:style/N``; ``masks: tinyworld`` asks for a
-            subject's own masks.
+            subject's own masks. Its ``trigger`` stands in all captions in place of the set's own rare word.
         cache: the pictures are written below it.
 
     Raises:
@@ -37,12 +39,17 @@ def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
             "expected tinyworld:subject/N or tinyworld:style/N, N from 0"
         )
     kind, seed = found[1], int(found[2])
-    folder = cache / "tinyworld" / f"{kind}-{seed}"
-    _publish(partial(write_subject if kind == "subject" else write_style, seed), folder)
+    one = subject(seed) if kind == "subject" else style(seed)
+    name = f"{kind}-{seed}"
+    if config.trigger and config.trigger != one.token:
+        one = replace(one, token=config.trigger)
+        name += f"-{derive(0, config.trigger):016x}"
+    folder = cache / "tinyworld" / name
+    write = write_subject if kind == "subject" else write_style
+    _publish(partial(write, seed, token=one.token), folder)
     own = {"folder": str(folder / "instance"), "masks": config.masks}
-    if kind == "style":
-        return config.model_copy(update={**own, "trigger": config.trigger or style(seed).token})
-    one = subject(seed)
+    if isinstance(one, Style):
+        return config.model_copy(update={**own, "trigger": config.trigger or one.token})
     return config.model_copy(
         update={
             **own,

@@ -56,11 +56,20 @@ def pixels(picture: Picture, side: int) -> Tensor:
     Raises:
         UserError: the file is no longer the one that was scanned.
     """
+    image = _square(whole(picture), side, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def whole(picture: Picture) -> Image.Image:
+    """All of a picture, upright, 8 bit sRGB.
+
+    Raises:
+        UserError: the file is no longer the one that was scanned.
+    """
     content = decoding.read(picture.path)
     if hashlib.sha256(content).hexdigest() != picture.facts.sha256:
         raise UserError(f"{picture.path}: has changed since this run began; start it again")
-    image = _square(decoding.rgb(decoding.decode(content, picture.path)), side, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    return decoding.rgb(decoding.decode(content, picture.path))
 
 
 def mask(picture: Picture, side: int, scale: int) -> Tensor:

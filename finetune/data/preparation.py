@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from finetune.config.adapters import new_words
 from finetune.config.schema import Recipe
 from finetune.data import prior, sources
 from finetune.data.batches import Batches
@@ -49,16 +50,17 @@ def prepare(
     """
     processes = processes or Alone()
     check_resolution(recipe, family)
-    concepts = sources.scan(recipe.data) if concepts is None else concepts
+    concepts = sources.scan(recipe.data, words=new_words(recipe.adapter)) if concepts is None else concepts
     if recipe.prior.kind != "none":
         prior.class_prompts(concepts)
     if processes.rank == 0:
         remove_stale(Path(recipe.data.cache.folder))
     processes.barrier()
     classes = prior.class_images(recipe, family, concepts, processes) if classes is None else classes
-    trains = recipe.adapter.text_encoder if train_text_encoder is None else train_text_encoder
+    trains = recipe.adapter.trains_text if train_text_encoder is None else train_text_encoder
     prompts = None if trains else Prompts(family, recipe.data)
     batches = Batches(recipe, family, concepts, classes, Latents(family, recipe.data), prompts, processes)
+    check_words(batches)
     encode(batches, recipe, family, processes, trains)
     if processes.rank == 0:
         for note in batches.notes:
@@ -78,6 +80,18 @@ def encode(batches: Batches, recipe: Recipe, family: ModelFamily, processes: Pro
         shared([partial(batches.latents.get, picture, flip) for picture in pictures for flip in both], processes)
         family.release("vae")
     family.require("denoiser", *(texts if trains or not cache.text else ()), *(() if cache.latents else ("vae",)))
+
+
+def check_words(batches: Batches) -> None:
+    """Refuse captions that are so long that a new word in them would be cut off."""
+    for word in batches.words:
+        for text in (text for text in batches.final_captions if word in text):
+            until = text[: text.rindex(word) + len(word)]
+            if lost := batches.family.caption_overflow(until, batches.words):
+                raise UserError(
+                    f"{word!r} stands too far back in the caption {text!r}: the last {lost} tokens up to it would be "
+                    "cut off; shorten what is before it, or lower vectors"
+                )
 
 
 def check_resolution(recipe: Recipe, family: ModelFamily) -> None:

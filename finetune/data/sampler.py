@@ -51,29 +51,87 @@ class Shuffled:
         return _epoch(self.length, self.seed, self.purpose, epoch)[position]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _epoch(length: int, seed: int, purpose: str, epoch: int) -> Sequence[int]:
     return permutation(length, seed, purpose, epoch)
 
 
+class Items(Protocol):
+    """Which picture stands at each place of an epoch."""
+
+    def __len__(self) -> int:
+        """Places of an epoch."""
+        ...
+
+    def of(self, epoch: int, place: int) -> int:
+        """The picture, as an index among the subjects'."""
+        ...
+
+
 @dataclass(frozen=True)
-class Plain:
-    """Subjects alone. ``items``: the picture of each place of an epoch, repeats included."""
+class Fixed:
+    """The same pictures in every epoch, repeats included."""
 
     items: Sequence[int]
+
+    def __len__(self) -> int:
+        """Places of an epoch."""
+        return len(self.items)
+
+    def of(self, epoch: int, place: int) -> int:
+        """The picture of a place, whatever the epoch."""
+        return self.items[place]
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """As many places for every concept, however many pictures it has.
+
+    An epoch has ``max(len(group))`` places for each concept. A concept with fewer pictures takes the next ones of an
+    endless order of its own, so that all of its pictures have their turn equally often.
+
+    Args:
+        groups: the pictures of each concept.
+        seed: the run's.
+    """
+
+    groups: Sequence[Sequence[int]]
+    seed: int
+
+    def __len__(self) -> int:
+        """Places of an epoch."""
+        return self._each * len(self.groups)
+
+    def of(self, epoch: int, place: int) -> int:
+        """The picture of a place; places ``c n`` to ``(c + 1) n`` are those of concept ``c``."""
+        concept, turn = divmod(place, self._each)
+        group = self.groups[concept]
+        return group[Shuffled(len(group), self.seed, f"order of concept {concept}")[epoch * self._each + turn]]
+
+    @property
+    def _each(self) -> int:
+        return max(map(len, self.groups))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Subjects alone."""
+
+    items: Items
     seed: int
 
     def at(self, number: int) -> Sequence[Drawn]:
         """One picture of a subject."""
-        place = Shuffled(len(self.items), self.seed)[number]
-        return [Drawn(number, self.items[place], prior=False)]
+        length = len(self.items)
+        place = Shuffled(length, self.seed)[number]
+        return [Drawn(number, self.items.of(number // length, place), prior=False)]
 
 
 @dataclass(frozen=True)
 class Pairwise:
     """With every picture of a subject one of the class, from an order of its own of ``classes`` pictures."""
 
-    items: Sequence[int]
+    items: Items
     classes: int
     seed: int
 
@@ -91,17 +149,18 @@ class Mixed:
     turn however few the subjects' are.
     """
 
-    items: Sequence[int]
+    items: Items
     classes: int
     seed: int
 
     def at(self, number: int) -> Sequence[Drawn]:
         """A picture of a subject or one of the class."""
         half = len(self.items)
+        epoch = number // (2 * half)
         place = Shuffled(2 * half, self.seed, "mixed order")[number]
         if place < half:
-            return [Drawn(number, self.items[place], prior=False)]
-        turn = number // (2 * half) * half + place - half
+            return [Drawn(number, self.items.of(epoch, place), prior=False)]
+        turn = epoch * half + place - half
         return [Drawn(number, Shuffled(self.classes, self.seed, "class order")[turn], prior=True)]
 
 

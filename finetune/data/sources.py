@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.config.adapters import EmbeddingConfig
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.data import captions, decoding, embedded
 from finetune.data.decoding import Facts
+from finetune.data.templates import Wording
 from finetune.errors import UserError, nearest
 
 ALPHA = "alpha"
@@ -58,31 +60,36 @@ class Concept:
     notes: tuple[str, ...] = ()
 
     @property
-    def draws(self) -> int:
-        """Draws in an epoch."""
-        return len(self.pictures) * self.config.repeats
-
-    @property
     def bytes(self) -> int:
         """Size of the picture files."""
         return sum(picture.facts.bytes for picture in self.pictures)
 
 
-def scan(data: DataConfig) -> list[Concept]:
+def scan(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | None = None) -> list[Concept]:
     """Find and decode every picture of a recipe with its captions and mask.
+
+    Args:
+        captioned: a picture must have a caption; it is "" where one has none otherwise.
+        words: new words that are to be learned, and the templates around them, which are part of the captions then.
 
     Raises:
         UserError: naming everything that is wrong, in all concepts: missing and empty folders, files that are no
-            pictures or cut short, captions that are missing or not UTF-8, bad lines of metadata, missing masks.
+            pictures or cut short, captions that are missing or not UTF-8, bad lines of metadata, missing masks, new
+            words that no caption holds.
     """
     problems: list[str] = []
     concepts = []
+    wording = Wording.of(words) if words and words.templates else None
     for index, config in enumerate(data.concepts):
         where = f"data.concepts[{index}]"
         try:
-            concepts.append(_scan(resolve(config, Path(data.cache.folder)), index, where, problems))
+            resolved = resolve(config, Path(data.cache.folder))
+            concepts.append(_scan(resolved, index, where, problems, captioned, wording))
         except UserError as error:
             problems.append(str(error))
+    texts = [text for concept in concepts for picture in concept.pictures for text in picture.captions]
+    if words and not problems:
+        problems += [_unused(word, texts) for word in words.words if not any(word in text for text in texts)]
     refuse(problems)
     return concepts
 
@@ -127,7 +134,16 @@ def _nearest_folder(folder: Path) -> str:
     return ""
 
 
-def _scan(config: ConceptConfig, index: int, where: str, problems: list[str]) -> Concept:
+def _unused(word: str, texts: Sequence[str]) -> str:
+    return (
+        f"adapter.tokens: {word!r} stands in no caption, so nothing would be learned; a caption is {texts[0]!r}. "
+        "Write the word into the captions, set the concepts' trigger or prompt, or use templates"
+    )
+
+
+def _scan(
+    config: ConceptConfig, index: int, where: str, problems: list[str], captioned: bool, wording: Wording | None
+) -> Concept:
     folder = Path(config.folder)
     files, others = picture_files(folder, f"{where}.folder")
     rows = _metadata(folder, config, where, problems)
@@ -143,7 +159,8 @@ def _scan(config: ConceptConfig, index: int, where: str, problems: list[str]) ->
     for path, name in zip(files, names, strict=True):
         try:
             facts = decoding.inspect(path)
-            texts = _captions(path, rows.get(name), config)
+            texts = _captions(path, rows.get(name), config, captioned and not (wording and wording.replaces))
+            texts = wording.captions(texts, config.trigger) if wording else texts
             mask = _mask(path, facts, config, where)
             pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight))
         except UserError as error:
@@ -164,7 +181,7 @@ def _metadata(folder: Path, config: ConceptConfig, where: str, problems: list[st
     return rows
 
 
-def _captions(path: Path, row: captions.Row | None, config: ConceptConfig) -> tuple[str, ...]:
+def _captions(path: Path, row: captions.Row | None, config: ConceptConfig, captioned: bool) -> tuple[str, ...]:
     texts: tuple[str, ...] = ()
     if config.captions in ("auto", "metadata") and row:
         texts = row.captions
@@ -172,6 +189,8 @@ def _captions(path: Path, row: captions.Row | None, config: ConceptConfig) -> tu
         texts = captions.read_sidecar(path)
     if not texts and config.prompt is not None:
         texts = (config.prompt,)
+    if not texts and not captioned:
+        return ("",)
     if not texts:
         raise UserError(f"{path}: has no caption: write {path.stem}.txt beside it, or set prompt for those without")
     return texts

@@ -10,7 +10,7 @@ from finetune.family import ModelFamily
 
 
 def load_base(found: Identity, base: str | None = None) -> ModelFamily:
-    """The family of a LoRA's base model, or of a whole model itself, with no network in memory yet.
+    """The family of an adapter's base model, or of a whole model itself, with no network in memory yet.
 
     Args:
         base: as in a recipe's ``model.path``; what the file says where it is not given.
@@ -20,7 +20,7 @@ def load_base(found: Identity, base: str | None = None) -> ModelFamily:
     """
     from finetune.families import load_family
 
-    if found.kind == "full":
+    if found.whole:
         if base is not None:
             raise UserError(f"{found.path} is a whole model and needs no base; {base!r} would not be used")
         return load_family(ModelConfig(path=str(found.path)))

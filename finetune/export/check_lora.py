@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from finetune.adapter import Weights
 from finetune.errors import GuardError
-from finetune.export import kohya, readers
+from finetune.export import kohya
 from finetune.export.checks import Report, quiet
+from finetune.export.compare import TOLERANCE, answer, close, difference, mapped
 from finetune.export.layers import Layer, applied, check, check_learned, check_shape, layers
 from finetune.export.metadata import OWN
 from finetune.export.read import Identity, read_tensors
+from finetune.export.readers import TOOLS
 from finetune.family import ModelFamily
-from finetune.randomness import generator
 
 ADAPTER = "verified"
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # rounding of a product of two factors
 
 
 def check_file(
@@ -50,9 +50,10 @@ def check_file(
     networks = {name: family.networks[name] for name in names}
     if report.run("shapes", lambda: _shapes(unpacked, networks)) is None:
         return
+    readable = found.format.readers
     for tool in against:
-        if tool in readers.TOOLS:
-            report.run(tool, lambda tool=tool: _mapped(tool, tensors, found, family, networks))  # type: ignore[misc]
+        if tool in TOOLS:
+            report.run(tool, lambda tool=tool: mapped(tool, tensors, found, readable, family))  # type: ignore[misc]
     if "diffusers" in against:
         _check_diffusers(report, found, family, expected, TOLERANCE[next(iter(tensors.values())).dtype])
 
@@ -126,30 +127,16 @@ def _shapes(unpacked: Sequence[Layer], networks: dict[str, nn.Module]) -> str:
     return f"fit the base model's {len(unpacked)} layers"
 
 
-def _mapped(
-    tool: str, tensors: dict[str, Tensor], found: Identity, family: ModelFamily, networks: dict[str, nn.Module]
-) -> str:
-    if tool not in found.format.readers:
-        raise GuardError(f"reads no files of layout {found.layout}; give it the one of layout kohya")
-    known = readers.TOOLS[tool](networks, family.export_names)
-    stems = {key.partition(".")[0] for key in tensors}
-    if unmapped := sorted(stems - known.keys()):
-        raise GuardError(f"{len(unmapped)} of {len(stems)} layers have no place there, for example {unmapped[0]}")
-    runs = tool == "kohya" or readers.standard_geometry(networks["denoiser"])
-    note = "" if runs else " (by their names: it runs no model of these sizes)"
-    return f"{len(stems)} of {len(stems)} layers have a place{note}"
-
-
 @torch.no_grad()
 def _check_diffusers(
     report: Report, found: Identity, family: ModelFamily, expected: Sequence[Layer], tolerance: float
 ) -> None:
     """Load the file by diffusers' own loader into a fresh pipeline, and compare with arithmetic of our own."""
     networks = {name: family.networks[name] for name in family.export_names}
-    wanted = {}
-    for strength in (0.0, 0.5, 1.0):
+    wanted = {0.0: answer(family)}
+    for strength in (0.5, 1.0):
         with applied(networks, expected, strength):
-            wanted[strength] = _answer(family)
+            wanted[strength] = answer(family)
     pipeline = family.pipeline()
     loaded = report.run("diffusers: loads", lambda: _load(pipeline, found))
     if loaded is None:
@@ -163,11 +150,11 @@ def _check_diffusers(
     if report.run("diffusers: every layer arrives", lambda: _arrived(expected, placed)) is None:
         return
     report.run("diffusers: merged weights", lambda: _merged(expected, placed, tolerance))
-    report.run("diffusers: output", lambda: _close(_answer(family), wanted[1.0], wanted[0.0], tolerance))
+    report.run("diffusers: output", lambda: close(answer(family), wanted[1.0], wanted[0.0], tolerance))
     whole = {name: module.get_delta_weight(ADAPTER) for name, module in placed.items()}
     pipeline.set_adapters([ADAPTER], [0.5])
     report.run("diffusers: half strength", lambda: _halved(whole, placed))
-    report.run("diffusers: output at half", lambda: _close(_answer(family), wanted[0.5], wanted[0.0], tolerance))
+    report.run("diffusers: output at half", lambda: close(answer(family), wanted[0.5], wanted[0.0], tolerance))
 
 
 def _load(pipeline: Any, found: Identity) -> str:
@@ -180,6 +167,9 @@ def _arrived(expected: Sequence[Layer], placed: dict[str, LoraLayer]) -> str:
     wanted = {layer.name for layer in expected}
     if missing := wanted - placed.keys():
         raise GuardError(f"{len(missing)} of {len(wanted)} layers got nothing, for example {min(missing)}")
+    for layer in expected:
+        if (layer.magnitude is not None) != (ADAPTER in placed[layer.name].lora_magnitude_vector):
+            raise GuardError(f"{layer.name} has magnitudes in one place and not in the other")
     extra = [name for name in placed.keys() - wanted if bool(placed[name].lora_B[ADAPTER].weight.any())]
     if extra:
         raise GuardError(f"{len(extra)} layers got weights that are not the adapter's, for example {min(extra)}")
@@ -190,7 +180,7 @@ def _merged(expected: Sequence[Layer], placed: dict[str, LoraLayer], tolerance: 
     worst = 0.0
     for layer in expected:
         delta, merged = layer.delta(), placed[layer.name].get_delta_weight(ADAPTER)
-        error = _difference(merged, delta)
+        error = difference(merged, delta)
         if error > tolerance:
             raise GuardError(f"the change of {layer.name} is off by {error:.1e} of its size")
         worst = max(worst, error)
@@ -202,29 +192,3 @@ def _halved(whole: dict[str, Tensor], placed: dict[str, LoraLayer]) -> str:
         if not torch.equal(2 * module.get_delta_weight(ADAPTER), whole[name]):
             raise GuardError(f"at strength 0.5 the change of {name} is not half of that at 1")
     return f"exactly half the change in {len(placed)} layers"
-
-
-def _close(got: Tensor, wanted: Tensor, base: Tensor, tolerance: float) -> str:
-    """Whether two answers are equal, measured by how large they are, and differ from the base model's."""
-    error = _difference(got, wanted)
-    if error > 10 * tolerance:  # a network adds up what its layers round
-        raise GuardError(f"prompt encoding and denoiser answer are off by {error:.1e}")
-    if torch.equal(got, base):
-        raise GuardError("the adapter changes neither the prompt encoding nor the denoiser's answer")
-    return "equal bit for bit" if error == 0.0 else f"equal, largest difference {error:.1e}"
-
-
-def _difference(got: Tensor, wanted: Tensor) -> float:
-    scale = float(wanted.abs().max())
-    return float((got - wanted).abs().max()) / (scale or 1.0)
-
-
-def _answer(family: ModelFamily) -> Tensor:
-    """An encoded prompt and the denoiser's answer to it, both flattened into one tensor."""
-    cells = 2 * family.pixel_multiple // family.latent_scale
-    channels = int(family.networks["denoiser"].get_parameter("conv_in.weight").shape[1])
-    noisy = torch.randn((1, channels, cells, cells), generator=generator(0, "verify"))
-    prompt = family.encode_prompt(["a photo of a dog"])
-    geometry = torch.tensor([[0, 0, 0, 0, 0, 0]])
-    answer = family.predict(noisy, torch.tensor([400]), prompt, geometry)
-    return torch.cat((prompt.tokens.flatten(), answer.flatten()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,14 @@ from finetune.adapter import Weights
 from finetune.errors import GuardError
 
 DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+MAGNITUDE = ".lora_magnitude_vector.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """The trained change of one linear or convolution layer, ``alpha / rank * up down``.
+
+    With a magnitude (DoRA) the rows of the weight so changed are then given these lengths.
 
     Attributes:
         network: as in ``ModelFamily.networks``.
@@ -26,6 +30,7 @@ class Layer:
         down: float [r, in] or [r, in, kh, kw].
         up: float [out, r] or [out, r, 1, 1].
         alpha: what the change is scaled by, before the division by the rank.
+        magnitude: float [out] or [1, out, 1, 1]; None of a plain LoRA.
     """
 
     network: str
@@ -33,6 +38,7 @@ class Layer:
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -50,12 +56,20 @@ class Layer:
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:
-        """The change of the weight, float32 [out, in, ...]."""
+        """The product of the factors, scaled: float32 [out, in, ...]."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return self.scale * product.view(self.up.shape[0], *self.down.shape[1:])
 
+    def changed(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """What becomes of a layer's weight, float32 [out, in, ...]."""
+        moved = weight.float() + strength * self.delta()
+        if self.magnitude is None:
+            return moved
+        rows = moved.flatten(1)
+        return (self.magnitude.float().view(-1, 1) / rows.norm(dim=1, keepdim=True) * rows).view(weight.shape)
+
     def answer(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What the change adds to the output of ``module`` for its input ``x``."""
+        """What ``delta`` adds to the output of ``module`` for its input ``x``."""
         down, up = self.down.to(x), self.up.to(x)
         if isinstance(module, nn.Conv2d):
             inner = F.conv2d(x, down, None, module.stride, module.padding, module.dilation)
@@ -80,7 +94,8 @@ def layers(weights: Weights) -> list[Layer]:
             raise GuardError(f"the adapter has {key} but not {', '.join(missing)}")
         network, module = name.split(".", 1)
         down, up, alpha = rest.pop(key), rest.pop(name + UP), float(rest.pop(name + ALPHA))
-        found.append(Layer(network=network, module=module, down=down, up=up, alpha=alpha))
+        magnitude = rest.pop(name + MAGNITUDE, None)
+        found.append(Layer(network=network, module=module, down=down, up=up, alpha=alpha, magnitude=magnitude))
     if rest:
         raise GuardError(f"the adapter has tensors that belong to no low-rank layer, for example {min(rest)}")
     for layer in found:
@@ -96,6 +111,8 @@ def weights_of(found: Iterable[Layer], settings: Mapping[str, str] | None = None
         tensors[layer.name + DOWN] = layer.down
         tensors[layer.name + UP] = layer.up
         tensors[layer.name + ALPHA] = torch.tensor(layer.alpha, dtype=torch.float32)
+        if layer.magnitude is not None:
+            tensors[layer.name + MAGNITUDE] = layer.magnitude
     return Weights("lora", tensors, dict(settings or {}))
 
 
@@ -121,7 +138,8 @@ def check_shape(layer: Layer) -> None:
     """Refuse factors that cannot be multiplied.
 
     Raises:
-        GuardError: the factors do not share a rank or an axis count, or alpha is not positive.
+        GuardError: the factors do not share a rank or an axis count, alpha is not positive, or there is not one
+            magnitude for each row.
     """
     shapes = f"{layer.name}: lora_A is {list(layer.down.shape)} and lora_B is {list(layer.up.shape)}"
     if layer.down.ndim not in (2, 4) or layer.up.ndim != layer.down.ndim:
@@ -130,6 +148,9 @@ def check_shape(layer: Layer) -> None:
         raise GuardError(f"{shapes}; expected [rank, in, ...] and [out, rank, 1...]")
     if not layer.alpha > 0:
         raise GuardError(f"{layer.name}: alpha is {layer.alpha}; expected more than 0")
+    rows = layer.up.shape[0]
+    if layer.magnitude is not None and layer.magnitude.shape != ((rows,) if layer.up.ndim == 2 else (1, rows, 1, 1)):
+        raise GuardError(f"{layer.name}: magnitudes are {list(layer.magnitude.shape)}, one for each of {rows} rows")
 
 
 def check_learned(found: Sequence[Layer]) -> None:
@@ -150,7 +171,10 @@ def applied(networks: Mapping[str, nn.Module], found: Iterable[Layer], strength:
 
     def add(layer: Layer, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + strength * layer.answer(module, inputs[0])
+            if layer.magnitude is None:
+                return output + strength * layer.answer(module, inputs[0])
+            weight: Any = module.weight
+            return output + _through(module, layer.changed(weight, strength) - weight, inputs[0])
 
         return module.register_forward_hook(hook)
 
@@ -159,6 +183,13 @@ def applied(networks: Mapping[str, nn.Module], found: Iterable[Layer], strength:
             handle = add(layer, networks[layer.network].get_submodule(layer.module))
             stack.callback(handle.remove)
         yield
+
+
+def _through(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """The answer of a layer like ``module`` with another weight and no bias."""
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(x, weight.to(x), None, module.stride, module.padding, module.dilation)
+    return F.linear(x, weight.to(x))
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -37,7 +37,7 @@ def describe(
         "base": recipe.model.path,
         "revision": recipe.model.revision or "",
         "recipe": recipe.recipe,
-        "steps": str(recipe.train.steps),
+        "steps": str(recipe.train.total_steps),
         "seed": str(recipe.seed),
         "layers": str(len(layers)),
         "settings": json.dumps(settings, sort_keys=True),
@@ -53,7 +53,7 @@ def describe(
         "usage_hint": usage(recipe),
     }
     described = {f"{OWN}{key}": own[key] for key in own} | {f"modelspec.{key}": spec[key] for key in spec}
-    if layout == "kohya":
+    if layout == "kohya" and layers:
         described |= _kohya(layers, width, family, recipe)
     return {key: value for key, value in described.items() if value}
 
@@ -70,7 +70,7 @@ def _kohya(layers: Sequence[Layer], width: int, family: ModelFamily, recipe: Rec
         "ss_sd_model_name": recipe.model.path,
         "ss_resolution": f"({recipe.data.resolution}, {recipe.data.resolution})",
         "ss_seed": str(recipe.seed),
-        "ss_steps": str(recipe.train.steps),
+        "ss_steps": str(recipe.train.total_steps),
         "ss_v2": str(width == 1024),
         "ss_base_model_version": base_version(width, prediction(family)),
     }

@@ -1,6 +1,7 @@
 """The layout of diffusers and PEFT: ``unet.<module>.lora_A.weight``, ``text_encoder.text_model.<module>…``.
 
-It has no alpha: loaders take ``alpha = rank``, so the scale is multiplied into ``lora_B``. Ranks may differ.
+It has no alpha: loaders take ``alpha = rank``, so the scale is multiplied into ``lora_B``. Ranks may differ. DoRA's
+magnitudes are ``….lora_magnitude_vector.weight``: without the ``.weight`` those of text encoders would be skipped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError, nearest
-from finetune.export.layers import DOWN, UP, Layer
+from finetune.export.layers import DOWN, MAGNITUDE, UP, Layer
 from finetune.family import ExportNames
 
 
@@ -31,6 +32,8 @@ def pack(layers: Sequence[Layer], names: Mapping[str, ExportNames], dtype: torch
         key = f"{called.diffusers}.{called.missing_level}{layer.module}"
         tensors[key + DOWN] = layer.down.to(dtype)
         tensors[key + UP] = (layer.up.float() * layer.scale).to(dtype)
+        if layer.magnitude is not None:
+            tensors[key + MAGNITUDE] = layer.magnitude.to(dtype)
     return tensors
 
 
@@ -43,10 +46,10 @@ def unpack(tensors: Mapping[str, Tensor], names: Mapping[str, ExportNames]) -> l
     networks = {called.diffusers: network for network, called in names.items()}
     found = []
     for key in sorted(tensors):
-        stem = key.removesuffix(DOWN).removesuffix(UP)
+        stem = key.removesuffix(DOWN).removesuffix(UP).removesuffix(MAGNITUDE)
         component, _, module = stem.partition(".")
         if stem == key or component not in networks or not module:
-            expected = f"<{'|'.join(sorted(networks))}>.<module>{DOWN} or {UP}"
+            expected = f"<{'|'.join(sorted(networks))}>.<module>{DOWN}, {UP} or {MAGNITUDE}"
             raise UserError(f"unknown key {key!r}; expected {expected}{_hint(component, networks)}")
         partner = stem + (UP if key.endswith(DOWN) else DOWN)
         if partner not in tensors:
@@ -54,9 +57,15 @@ def unpack(tensors: Mapping[str, Tensor], names: Mapping[str, ExportNames]) -> l
         if key.endswith(DOWN):
             network = networks[component]
             module = module.removeprefix(names[network].missing_level)
-            down = tensors[key]
             found.append(
-                Layer(network=network, module=module, down=down, up=tensors[partner], alpha=float(down.shape[0]))
+                Layer(
+                    network=network,
+                    module=module,
+                    down=tensors[key],
+                    up=tensors[partner],
+                    alpha=float(tensors[key].shape[0]),
+                    magnitude=tensors.get(stem + MAGNITUDE),
+                )
             )
     return found
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,12 +16,15 @@ from torch import Tensor
 from finetune.adapter import Weights
 from finetune.errors import UserError
 from finetune.export import kohya, peft
+from finetune.export.kinds import KINDS, Contents, kind
 from finetune.export.layers import Layer, weights_of
 from finetune.export.metadata import OWN
 from finetune.family import ExportNames
 
 CONVENTIONAL = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+WORD = "learned_embeds.safetensors"  # the same for a new word
 MODEL = "model"
+DELTA_FILE = "delta.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class Identity:
 
     Attributes:
         path: the file, or the folder of a whole model.
-        kind: "lora" or "full".
-        layout: a name of ``FORMATS``, or "model" for a diffusers folder.
+        kind: a name of ``finetune.export.kinds.KINDS``.
+        layout: one of the kind's; "model" for a diffusers folder.
         metadata: of the header; empty for folders.
     """
 
@@ -61,8 +66,13 @@ class Identity:
     metadata: Mapping[str, str]
 
     @property
+    def whole(self) -> bool:
+        """Whether it is a model of its own, which needs no base."""
+        return self.layout == MODEL
+
+    @property
     def base(self) -> str | None:
-        """The base model that a LoRA says it was trained on."""
+        """The base model that a file says it was trained on."""
         return self.metadata.get(f"{OWN}base")
 
     @property
@@ -72,7 +82,7 @@ class Identity:
 
 
 def identify(path: Path) -> Identity:
-    """Say what ``path`` is: a LoRA file, a diffusers folder, or the folder of a run that holds one of them.
+    """Say what ``path`` is: an adapter file, a diffusers folder, or the folder of a run that holds one of them.
 
     Raises:
         UserError: it is none of these, or cannot be read.
@@ -80,16 +90,40 @@ def identify(path: Path) -> Identity:
     path = locate(path)
     if path.is_dir():
         return Identity(path, "full", MODEL, {})
-    keys, metadata = read_header(path)
-    for layout in FORMATS.values():
-        if layout.recognises(keys):
-            return Identity(path, "lora", layout.name, metadata)
+    keys, metadata = read_contents(path)
+    for name in KINDS:
+        layout = kind(name).recognise(Contents(path, keys, metadata))
+        if layout is not None:
+            return Identity(path, name, layout, metadata)
     example = f"; its first key is {keys[0]!r}" if keys else "; it holds no tensors"
-    raise UserError(f"{path}: is no LoRA of a layout that is known ({', '.join(FORMATS)}){example}")
+    raise UserError(f"{path}: is no adapter of a kind that is known ({', '.join(KINDS)}){example}")
+
+
+def pieces(path: Path) -> list[Identity]:
+    """All that has to be loaded to draw with ``path``: itself, or what a run left below it, one file of each kind
+    and new word.
+
+    Raises:
+        UserError: there is nothing, or several files of one kind and layout.
+    """
+    if path.is_file() or (path / "model_index.json").is_file():
+        return [identify(path)]
+    folder = path / "adapters" if (path / "adapters").is_dir() else path
+    found = [Identity(folder / MODEL, "full", MODEL, {})] if (folder / MODEL / "model_index.json").is_file() else []
+    files = _files(folder)
+    found += [identify(file) for file in files]
+    chosen: dict[tuple[str, str], Identity] = {}
+    for one in sorted(found, key=lambda one: (KINDS.index(one.kind), kind(one.kind).LAYOUTS.index(one.layout))):
+        held = chosen.setdefault((one.kind, one.metadata.get(f"{OWN}token", "")), one)
+        if held is not one and held.layout == one.layout:
+            raise UserError(f"{folder}: holds several files; name one of {', '.join(file.name for file in files)}")
+    if len(chosen) > 1:
+        chosen.pop(("pivotal", ""), None)  # a bundle holds what lies beside it in files of their own
+    return list(chosen.values()) or [identify(path)]
 
 
 def locate(path: Path) -> Path:
-    """The LoRA file or model folder that ``path`` means: itself, or what a run left below it.
+    """The adapter file or model folder that ``path`` means: itself, or what a run left below it.
 
     Raises:
         UserError: there is none.
@@ -97,23 +131,30 @@ def locate(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
-        if path.suffix != ".safetensors":
+        if path.suffix not in (".safetensors", ".pt"):
             raise UserError(
-                f"{path}: expected a .safetensors file; pickles ({path.suffix or 'no suffix'}) are not read"
+                f"{path}: expected a .safetensors file, or a .pt that A1111 reads; {path.suffix or 'no suffix'} is "
+                "not read"
             )
         return path
     for folder in (path, path / "adapters"):
         for found in (folder, folder / MODEL):
             if (found / "model_index.json").is_file():
                 return found
-        if (folder / CONVENTIONAL).is_file():
-            return folder / CONVENTIONAL
-        files = sorted(folder.glob("[!.]*.safetensors"))
+        for name in (CONVENTIONAL, DELTA_FILE, WORD):
+            if (folder / name).is_file():
+                return folder / name
+        files = _files(folder)
         if len(files) == 1:
             return files[0]
         if files:
             raise UserError(f"{folder}: holds several files; name one of {', '.join(file.name for file in files)}")
     raise UserError(f"{path}: holds no adapter: no {CONVENTIONAL}, no model_index.json and no adapters/")
+
+
+def _files(folder: Path) -> list[Path]:
+    """A folder's adapter files: what A1111 alone reads only where there is nothing else."""
+    return sorted(folder.glob("[!.]*.safetensors")) or sorted(folder.glob("[!.]*.pt"))
 
 
 def read(path: Path, names: Mapping[str, ExportNames]) -> Weights:
@@ -126,15 +167,59 @@ def read(path: Path, names: Mapping[str, ExportNames]) -> Weights:
         UserError: the file is damaged, a key is unknown or lacks its partner.
     """
     found = identify(path)
-    if found.kind == "full":
+    if found.whole:
         from finetune.export.full import read_model
 
         return read_model(found.path, names)
+    if found.kind == "full":
+        from finetune.export.delta import unpack
+
+        return Weights("full", unpack(read_tensors(found.path), names))
+    if found.kind == "embedding":
+        from finetune.export.embedding import read as read_word
+
+        word, network = read_word(found.path), next(name for name in names if name != "denoiser")
+        return Weights("embedding", {f"{network}.{word.token}": word.rows})
+    if found.kind == "hypernetwork":
+        from finetune.export.kinds.hypernetwork import read_weights
+
+        return read_weights(found)
+    if found.kind == "lycoris":
+        from finetune.export.kinds.lycoris import read as read_changes
+
+        return read_changes(found, names)
+    if found.layout not in FORMATS:
+        raise UserError(f"{found.path}: holds whole differences of weights, from which no factors can be had")
     try:
         unpacked = found.format.unpack(read_tensors(found.path), names)
     except UserError as error:
         raise UserError(f"{found.path}: {error}") from error
     return weights_of(unpacked, json.loads(found.metadata.get(f"{OWN}settings", "{}")))
+
+
+def read_contents(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Keys and metadata of a safetensors file, or the outermost keys of an A1111 pickle.
+
+    Raises:
+        UserError: it is damaged or something else.
+    """
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    loaded = read_pickle(path)
+    return sorted(map(str, loaded)) if isinstance(loaded, dict) else [""], {}
+
+
+def read_pickle(path: Path) -> Any:
+    """What an A1111 ``.pt`` holds: plain containers, numbers, text and tensors; any other object is refused unread.
+
+    Raises:
+        UserError: it is damaged, or holds objects that only code could make.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: is no .pt of tensors and plain values: {reason}") from error
 
 
 def read_header(path: Path) -> tuple[list[str], dict[str, str]]:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from finetune.config.schema import SamplerConfig
-from finetune.errors import UserError
 from finetune.export.base import load_base
-from finetune.export.read import identify
+from finetune.export.kinds import kind
+from finetune.export.read import pieces
 from finetune.family import ModelFamily
 from finetune.sampling import draw
 
@@ -52,18 +52,14 @@ def sample(
 def adapted(
     adapter: Path, base: str | None = None, strength: float = 1.0, device: torch.device | str = "cpu"
 ) -> ModelFamily:
-    """The base with an exported file loaded into it; arguments and errors as in ``sample``."""
-    found = identify(adapter)
-    family = load_base(found, base)
+    """The base with an exported file, or all that a run exported, loaded; arguments and errors as in ``sample``."""
+    found = pieces(adapter)
+    family = load_base(found[0], base)
     family.device = torch.device(device)
-    if found.kind == "lora":
-        pipeline = family.pipeline()
-        try:
-            pipeline.load_lora_weights(str(found.path), adapter_name="sampled")
-        except (ValueError, RuntimeError, KeyError, IndexError) as error:
-            raise UserError(f"{found.path} does not fit {family.source}: {str(error).splitlines()[0]}") from error
-        if strength != 1.0:
-            pipeline.set_adapters(["sampled"], [strength])
-    elif strength != 1.0:
-        raise UserError(f"{found.path} is a whole model; strength {strength:g} is for LoRA files")
+    pipeline = family.pipeline()
+    for piece in found:
+        beside = piece.kind == "embedding" and len({one.kind for one in found}) > 1  # words are used or not
+        kind(piece.kind).apply(pipeline, piece, 1.0 if beside else strength)
+    # what a file changes of the pipeline itself, and not of its networks, has to stay
+    family.pipeline = lambda: pipeline  # type: ignore[method-assign]
     return family

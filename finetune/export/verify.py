@@ -7,12 +7,11 @@ from pathlib import Path
 
 from finetune.adapter import Weights
 from finetune.errors import UserError, nearest
-from finetune.export import check_lora, check_model
-from finetune.export.base import load_base
 from finetune.export.checks import Report, Verification
-from finetune.export.read import FORMATS, identify
+from finetune.export.kinds import kind
+from finetune.export.read import identify
 
-READERS = ("diffusers", "kohya", "comfyui", "a1111")
+READERS = ("diffusers", "peft", "kohya", "comfyui", "a1111")
 
 
 def verify(
@@ -40,9 +39,6 @@ def verify(
         raise UserError(f"{path}: no such file or folder")
     report = Report()
     if found := report.run("readable", lambda: identify(path), lambda found: f"{found.kind}, layout {found.layout}"):
-        if found.kind == "full":
-            check_model.check_folder(report, found.path, weights)
-        else:
-            family = load_base(found, base)
-            check_lora.check_file(report, found, family, against or FORMATS[found.layout].readers, weights)
+        one = kind(found.kind)
+        one.check(report, found, base, against or one.readers(found.layout), weights)
     return Verification(found.path if found else path, tuple(report.checks))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
+from finetune.families.clip import shared_space
 from finetune.family import ExportNames, Sites, Vocabulary
 from finetune.objective import DDPM, Objective
 
@@ -86,11 +88,13 @@ class SD:
         self.pixel_multiple: int = self.latent_scale * 2 ** (len(self._unet["block_out_channels"]) - 1)
         self.objective: Objective = _objective(folder, self.scheduler(), min_snr_gamma)
         self.tokenizer = _tokenizer(folder)
+        self._vocabulary = Vocabulary(self.tokenizer, "text_encoder")
         self.sites = Sites(
             linears=LINEARS,
             selections=SELECTIONS,
             readers=("attn2.to_k", "attn2.to_v"),
-            vocabularies=[Vocabulary(self.tokenizer, "text_encoder")],
+            vocabularies=[self._vocabulary],
+            shared_space=lambda clip: shared_space(self.fresh("text_encoder"), clip),
         )
         self.export_names: Mapping[str, ExportNames] = {
             "denoiser": ExportNames("unet", "lora_unet"),
@@ -162,7 +166,7 @@ class SD:
         """The encoder's last hidden states after its final norm, as the pipeline's own ``encode_prompt`` gives them."""
         encoder: Any = self.networks["text_encoder"]
         tokenized = self.tokenizer(
-            list(captions),
+            [self._vocabulary.expand(caption) for caption in captions],
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
@@ -172,10 +176,12 @@ class SD:
         mask = tokenized.attention_mask if masked else None
         return Conditioning(tokens=encoder(tokenized.input_ids, attention_mask=mask)[0])
 
-    def caption_overflow(self, caption: str) -> int:
-        """How many tokens of ``caption`` are cut off; needs the tokenizer alone."""
-        count = len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
-        return max(0, count - self.tokenizer.model_max_length)
+    def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
+        between = re.split("|".join(map(re.escape, words)), caption) if words else [caption]
+        count = sum(len(self.tokenizer(text, truncation=False, verbose=False).input_ids) - 2 for text in between)
+        count += sum(vectors * caption.count(word) for word, vectors in (words or {}).items())
+        return max(0, count + 2 - self.tokenizer.model_max_length)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w]. It does not look at ``geometry``."""
@@ -193,7 +199,7 @@ class SD:
         """An ordinary pipeline around the networks in memory, with a fresh scheduler from the folder."""
         self.require(*_PARTS)
         parts = {subfolder: self.networks[network] for network, (subfolder, _) in _PARTS.items()}
-        return StableDiffusionPipeline(
+        pipeline = StableDiffusionPipeline(
             **parts,
             tokenizer=self.tokenizer,
             scheduler=self.scheduler(),
@@ -201,6 +207,15 @@ class SD:
             feature_extractor=None,
             requires_safety_checker=False,
         ).to(next(self.networks["denoiser"].parameters()).device)
+        if self._vocabulary.words:
+            # diffusers' own inserts all tokens of a word, also those of a growing word that are still to come
+            pipeline.maybe_convert_prompt = lambda prompt, _: self._expand(prompt)
+        return pipeline
+
+    def _expand(self, prompt: str | list[str]) -> str | list[str]:
+        return (
+            list(map(self._vocabulary.expand, prompt)) if isinstance(prompt, list) else self._vocabulary.expand(prompt)
+        )
 
 
 def _tokenizer(folder: Path) -> Any:

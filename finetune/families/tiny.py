@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
 from finetune.objective import Prediction
 from finetune.tinyworld.tokenizer import build
@@ -81,4 +81,29 @@ def write_tiny_sd(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(path)
+    return path
+
+
+def write_tiny_clip(path: Path, base: Path, *, seed: int = 0) -> Path:
+    """Write a ``CLIPModel`` folder whose text tower is the text encoder of ``base``; the rest has random weights.
+
+    Args:
+        base: what ``write_tiny_sd`` wrote.
+        seed: of the image tower and the two projections, 8 wide.
+    """
+    text = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", local_files_only=True)
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    config = CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = CLIPModel(config)
+    getattr(clip.text_model, "text_model", clip.text_model).load_state_dict(text.state_dict())
+    clip.save_pretrained(path)
     return path

@@ -8,22 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters import attach
+from finetune.aesthetic import require_space
 from finetune.config import Recipe, read_recipe
+from finetune.config.adapters import (
+    AdapterConfig,
+    AestheticConfig,
+    EmbeddingConfig,
+    FullConfig,
+    HypernetworkConfig,
+    LoraConfig,
+    PivotalConfig,
+    new_words,
+)
 from finetune.config.schema import ImagesPrior, ModelPrior
 from finetune.config.summary import summary
 from finetune.data import sources
-from finetune.data.batches import Batches
+from finetune.data.batches import Batches, draws_per_epoch
 from finetune.data.encode import Latents, Prompts
 from finetune.data.preparation import check_resolution
 from finetune.data.prior import ClassImages as Drawing
 from finetune.data.prior import class_prompts
 from finetune.errors import UserError
-from finetune.export import FORMATS, file_name
+from finetune.export.kinds import aesthetic, embedding, full, hypernetwork, lora, lycoris, pivotal
+from finetune.export.read import MODEL
 from finetune.families import load_family, model_folder
 from finetune.families.tokens import check_trigger
 from finetune.family import ModelFamily
 from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
-from finetune.plan.memory import estimate
+from finetune.plan.memory import adaptation, estimate
 from finetune.plan.skeleton import fill, parameters
 from finetune.train.checkpoint import newest
 from finetune.train.run import RunFolder, decisive
@@ -40,15 +52,17 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     """
     family = load_family(recipe.model)
     check_resolution(recipe, family)
-    found = sources.scan(recipe.data)
+    found = sources.scan(recipe.data, captioned=recipe.adapter.kind != "aesthetic", words=new_words(recipe.adapter))
     fill(family, model_folder(recipe.model))
     networks = {name: parameters(network) for name, network in family.networks.items()}
+    if recipe.adapter.kind == "aesthetic":
+        return _untrained(recipe, family, found, networks)
     adapter = attach(recipe.adapter, family, recipe.seed)
     trainable = {
         group.name: sum(parameter.numel() for parameter in group.parameters.values()) for group in adapter.groups()
     }
     latents = Latents(family, recipe.data)
-    prompts = None if recipe.adapter.text_encoder else Prompts(family, recipe.data)
+    prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
     batches = Batches(recipe, family, found, [], latents, prompts)
     class_images = tuple(_class_images(recipe, family, found))
     return Plan(
@@ -64,6 +78,25 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         memory=estimate(recipe, family, networks, sum(trainable.values()), processes),
         output=_output(recipe),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
+    )
+
+
+def _untrained(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Concept], networks: dict[str, int]) -> Plan:
+    """Of a recipe that looks at pictures and takes no steps."""
+    require_space(family)
+    return Plan(
+        summary=summary(recipe),
+        model=recipe.model.path,
+        family=family.name,
+        networks=networks,
+        trainable={},
+        concepts=tuple(map(_concept, found)),
+        arithmetic=None,
+        class_images=(),
+        caches=(),
+        memory=adaptation(networks, family.text_encoders),
+        output=_output(recipe),
+        notes=tuple(note for concept in found for note in concept.notes),
     )
 
 
@@ -91,16 +124,16 @@ def _arithmetic(recipe: Recipe, found: Sequence[sources.Concept], processes: int
     draws = train.batch_size * train.gradient_accumulation_steps * processes
     mixed = isinstance(prior, ImagesPrior) and prior.layout == "mixed"
     subjects = draws / 2 if mixed else draws
-    per_epoch = sum(concept.draws for concept in found)
+    per_epoch = draws_per_epoch(recipe, found)
     return Arithmetic(
-        steps=train.steps,
+        steps=train.total_steps,
         processes=processes,
         batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         subject_pictures=subjects,
         class_pictures=subjects if isinstance(prior, ImagesPrior) else 0,
         draws_per_epoch=per_epoch,
-        epochs=train.steps * subjects / per_epoch,
+        epochs=train.total_steps * subjects / per_epoch,
     )
 
 
@@ -149,13 +182,34 @@ def _caches(
 def _output(recipe: Recipe) -> Output:
     folder = RunFolder(Path(recipe.output))
     adapters = folder.adapters.name
-    names = [file_name(name, recipe) for name in recipe.export.formats if name in FORMATS]
-    written = ["model/"] if recipe.adapter.kind == "full" else names
-    files = [folder.lock.name, folder.metrics.name, *(f"{adapters}/{name}" for name in written)]
-    files += [f"{folder.checkpoints.name}/ ({recipe.checkpoint.keep} kept)"]
+    written = _written(recipe, recipe.adapter)
+    steps = [folder.metrics.name, f"{folder.checkpoints.name}/ ({recipe.checkpoint.keep} kept)"]
+    if isinstance(recipe.adapter, AestheticConfig):
+        steps = []
+    files = [folder.lock.name, *steps[:1], *(f"{adapters}/{name}" for name in written), *steps[1:]]
     files += [f"{folder.samples.name}/"] if recipe.samples.every else []
     files += [folder.report.name] if recipe.report.enabled else []
     return Output(folder=str(folder.path), state=_state(folder, recipe), files=tuple(files))
+
+
+def _written(recipe: Recipe, adapter: AdapterConfig) -> list[str]:
+    """The files that hold weights, of each of an adapter's parts."""
+    match adapter:
+        case PivotalConfig():
+            parts = [*_written(recipe, adapter.weights), *_written(recipe, adapter.embedding)]
+            return [*parts, *pivotal.file_names(recipe).values()]
+        case AestheticConfig():
+            baked = [f"baked/{name}" for name in lora.file_names(recipe).values()] if adapter.bake_prompts else []
+            return [*aesthetic.file_names(recipe).values(), *baked]
+        case FullConfig():
+            return [f"{name}/" if name == MODEL else name for name in full.file_names(recipe).values()]
+        case EmbeddingConfig():
+            return embedding.file_names(recipe)
+        case HypernetworkConfig():
+            return list(hypernetwork.file_names(recipe).values())
+        case LoraConfig():
+            return list(lora.file_names(recipe).values())
+    return list(lycoris.file_names(recipe, adapter.kind).values())
 
 
 def _state(folder: RunFolder, recipe: Recipe) -> str:
@@ -179,7 +233,7 @@ def _triggers(family: ModelFamily, found: Sequence[sources.Concept]) -> Iterator
 
 def _notes(recipe: Recipe) -> Iterator[str]:
     train, prior = recipe.train, recipe.prior
-    if recipe.adapter.text_encoder and recipe.data.cache.text:
+    if recipe.adapter.trains_text and recipe.data.cache.text:
         yield "captions are not cached, because the text encoder trains"
     if isinstance(prior, ImagesPrior | ModelPrior) and prior.weight == 0:
         yield f"prior {prior.kind!r} has weight 0: it costs as much as ever and preserves nothing"

@@ -105,7 +105,8 @@ class Plan:
     Attributes:
         summary: the recipe in a line.
         networks: of the base model -> parameters.
-        trainable: parameter group -> parameters.
+        trainable: parameter group -> parameters; none where nothing is trained.
+        arithmetic: None where no steps are taken.
         notes: what a person should know.
     """
 
@@ -115,7 +116,7 @@ class Plan:
     networks: dict[str, int]
     trainable: dict[str, int]
     concepts: tuple[Concept, ...]
-    arithmetic: Arithmetic
+    arithmetic: Arithmetic | None
     class_images: tuple[ClassImages, ...]
     caches: tuple[Cache, ...]
     memory: Memory

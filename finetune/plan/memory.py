@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from finetune.config.adapters import FullConfig, PivotalConfig
 from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
 from finetune.family import ModelFamily
 from finetune.plan.contents import Memory
@@ -11,6 +12,28 @@ from finetune.plan.skeleton import activations
 
 LIBRARIES = 400 * 2**20  # bytes that Python, torch and the model libraries take before anything is loaded
 FLOAT = 4  # bytes; weights, gradients and optimizer states are float32
+
+
+def adaptation(networks: Mapping[str, int], encoders: Sequence[str]) -> Memory:
+    """Bytes that drawing with an aesthetic embedding takes: the model, and a text encoder that follows each prompt.
+
+    Args:
+        networks: name -> parameters of the base.
+        encoders: which of them read prompts.
+    """
+    moving = sum(networks[name] for name in encoders)
+    parts = {
+        "libraries": LIBRARIES,
+        "weights": FLOAT * sum(networks.values()),
+        "copy of the text encoder": FLOAT * moving,
+        "gradients": FLOAT * moving,
+        "adam states": 2 * FLOAT * moving,
+    }
+    formula = (
+        f"4 bytes x parameters of {', '.join(sorted(networks))} + 16 bytes x {moving:,} of the text encoder's copy "
+        "(weight, gradient, 2 optimizer states); the CLIP that sees the pictures and activations are not counted"
+    )
+    return Memory(parts=parts, formula=formula)
 
 
 def estimate(
@@ -26,7 +49,7 @@ def estimate(
     """
     train, adapter, cache, prior = recipe.train, recipe.adapter, recipe.data.cache, recipe.prior
     held = {"denoiser"}
-    held |= set(family.text_encoders) if adapter.text_encoder or not cache.text else set()
+    held |= set(family.text_encoders) if adapter.trains_text or not cache.text else set()
     held |= set() if cache.latents else {"vae"}
     states = {"adamw": 2, "sgd": int(train.optimizer.betas[0] > 0)}[train.optimizer.name]
     pairwise = isinstance(prior, ImagesPrior) and prior.layout == "pairwise"
@@ -35,14 +58,15 @@ def estimate(
     kept = activations(family, recipe.data.resolution, batch, train.gradient_checkpointing)
     if train.mixed_precision != "no":
         kept //= 2
-    added = trainable if adapter.kind == "lora" else 0
+    whole = isinstance(adapter.weights if isinstance(adapter, PivotalConfig) else adapter, FullConfig)
+    added = 0 if whole else trainable
     parts = {
         "libraries": LIBRARIES,
         "weights": FLOAT * (sum(networks[name] for name in held) + added),
         "gradients": FLOAT * trainable * (2 if processes > 1 else 1),
         f"{train.optimizer.name} states": FLOAT * trainable * states,
         "moving average": FLOAT * trainable if train.ema else 0,
-        "untouched copy": FLOAT * trainable if adapter.kind == "full" and isinstance(prior, ModelPrior) else 0,
+        "untouched copy": FLOAT * trainable if whole and isinstance(prior, ModelPrior) else 0,
         f"activations of {batch} pictures": kept,
     }
     per = 4 * (1 + (processes > 1) + states + (train.ema is not None))

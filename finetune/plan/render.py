@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.plan.contents import Concept, Plan
+from finetune.plan.contents import Arithmetic, Concept, Plan
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -26,16 +26,16 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     yield "run", [plan.summary]
     base = ", ".join(f"{name} {count(number)}" for name, number in plan.networks.items())
     yield "model", [f"{plan.model} ({plan.family}): {base} parameters"]
-    base_total = sum(plan.networks.get(name, 0) for name in plan.trainable) or 1
-    yield (
-        "trains",
-        [
-            f"{name}: {count(number)} parameters ({100 * number / (plan.networks.get(name) or base_total):.2g} % of it)"
-            for name, number in plan.trainable.items()
-        ],
-    )
+    base_total = sum(plan.networks.get(name, 0) for name in plan.trainable)
+    trained = [
+        f"{name}: {count(number)} parameters"
+        + (f" ({100 * number / whole:.2g} % of it)" if (whole := plan.networks.get(name) or base_total) else "")
+        for name, number in plan.trainable.items()
+    ]
+    yield "trains", trained or ["nothing"]
     yield "pictures", [line for concept in plan.concepts for line in _concept(concept)]
-    yield "steps", list(_steps(plan))
+    if plan.arithmetic:
+        yield "steps", list(_steps(plan.arithmetic))
     if plan.class_images:
         yield (
             "class images",
@@ -73,8 +73,7 @@ def _concept(concept: Concept) -> Iterator[str]:
         yield f"trigger {concept.trigger!r}" + (f", class {concept.class_prompt!r}" if concept.class_prompt else "")
 
 
-def _steps(plan: Plan) -> Iterator[str]:
-    found = plan.arithmetic
+def _steps(found: Arithmetic) -> Iterator[str]:
     factors = [
         (found.processes, "processes" if found.processes > 1 else "process"),
         (found.batch_size, "a batch"),

@@ -62,10 +62,6 @@ class GradientWatch:
         if self._updates == 2 and self._silent:
             raise GuardError(f"the gradient of {_list(self._silent)} was zero in both of the first two updates")
 
-    def rest(self) -> None:
-        """Stop watching: the run is past its first updates."""
-        self._updates, self._silent = 2, {}
-
 
 def require_finite_losses(losses: Tensor, pictures: Sequence[Sequence[str]], step: int) -> None:
     """Every loss of an update is finite.

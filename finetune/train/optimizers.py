@@ -20,7 +20,12 @@ def build_optimizer(
     The kernel is named and not left to chance: resuming has to find the one that the run began with.
     """
     described = [
-        {"params": list(group.parameters.values()), "name": group.name, "peak": group.learning_rate or learning_rate}
+        {
+            "params": list(group.parameters.values()),
+            "name": group.name,
+            "peak": (group.learning_rate or learning_rate) * group.factor,
+            "weight_decay": config.weight_decay if group.decays else 0.0,
+        }
         for group in groups
     ]
     match config.name:
@@ -43,6 +48,11 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, float]
     """Give every group ``rate`` times its peak, and return the learning rates by the groups' names."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate
+    return rates(optimizer)
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Learning rates by the groups' names."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+from finetune.config.rates import rate_at
 from finetune.config.schema import ScheduleConfig
 
 
 def rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """The share of the learning rate that the update number ``step`` uses.
+    """The share of the highest learning rate that the update number ``step`` uses.
 
     Warm-up rises linearly and reaches 1 with its last update, so that the first update already moves something. The
     rest falls from 1 towards ``schedule.final``.
@@ -17,6 +18,8 @@ def rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
         step: updates done before this one, 0 to ``steps`` - 1.
         steps: updates of the whole run.
     """
+    if pairs := schedule.pairs:
+        return rate_at(pairs, step) / max(pair.rate for pair in pairs)
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     progress = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))

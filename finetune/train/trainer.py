@@ -53,16 +53,23 @@ class Trainee(nn.Module):
     this module, and the whole loss is computed inside its ``forward``.
     """
 
-    def __init__(self, networks: nn.ModuleDict, loss: Callable[[Batch], Tensor | Losses]) -> None:
+    def __init__(
+        self,
+        networks: nn.ModuleDict,
+        loss: Callable[[Batch], Tensor | Losses],
+        penalty: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
         super().__init__()
         trained = {name: part for name, part in networks.items() if any(p.requires_grad for p in part.parameters())}
         self.networks = nn.ModuleDict(trained)
-        self._loss = loss
+        self._loss, self._penalty = loss, penalty
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss under "total" and its parts under their names, float32 scalars."""
         loss = self._loss(batch)
         parts = {"total": loss} if isinstance(loss, Tensor) else loss._asdict()
+        if (penalty := self._penalty()) is not None:
+            parts |= {"total": parts["total"] + penalty, "penalty": penalty}
         return {name: value.float() for name, value in parts.items()}
 
 
@@ -102,22 +109,24 @@ class Trainer:
         for parameter in self._parameters.values():
             parameter.data = parameter.data.float()  # half-precision weights would lose small updates
         train = recipe.train
-        optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.learning_rate)
+        optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.peak_learning_rate)
         require_one_home(networks, self._groups, optimizer)
-        self._trainee = Trainee(networks, loss).train()
-        self._engine = processes.engine(self._trainee, optimizer)
+        self._trainee = Trainee(networks, loss, adapter.penalty).train()
+        self._engine = processes.engine(self._trainee, optimizer, phased=adapter.phased)
         self._ema = Ema(train.ema, self._parameters) if train.ema else None
-        self._watch = GradientWatch(self._parameters)
+        self._watch: GradientWatch | None = None
+        self._moving: frozenset[str] = frozenset()
         self._norms = NormGuard(_PATIENCE if self._engine.scales_loss else 1)
         self._pictures: dict[str, str] = {}
         self._log: Log | None = None
         self._signals = Signals()
         self._stopping: str | None = None
         self._updated = False
+        adapter.begin_run(train.total_steps)
         self._begin_step()
 
     def steps(self, batches: Batches) -> Iterator[Batch]:
-        """Yield batches until ``train.steps`` updates are done; ``update`` must be called with each.
+        """Yield batches until ``train.total_steps`` updates are done; ``update`` must be called with each.
 
         Continues from the newest valid checkpoint of the run's folder. Saves one where it is due, at the end and on a
         signal, always after the loop's body.
@@ -128,7 +137,7 @@ class Trainer:
         """
         self._pictures = dict(getattr(batches, "hashes", {}))
         self._resume()
-        total, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        total, every = self.recipe.train.total_steps, self.recipe.checkpoint.every
         if self.step == total:
             self.processes.say(f"already trained: {self.folder.path} holds all {total} steps")
             return
@@ -175,13 +184,16 @@ class Trainer:
         """Inside, the networks hold what would be exported: the moving average, where there is one."""
         return self._ema.swapped() if self._ema else nullcontext()
 
-    def finish(self) -> Weights:
-        """The trained weights. From here on the networks hold just these, in ``eval()``. Every process must call it."""
+    def finish(self) -> list[Weights]:
+        """The trained weights, those of each part of the adapter for itself.
+
+        From here on the networks hold just these, in ``eval()``. Every process must call it.
+        """
         if self._ema:
             self._ema.keep()
         self._trainee.eval()
         self.processes.barrier()
-        return self.adapter.weights()
+        return [part.weights() for part in self.adapter.parts()]
 
     @property
     def log(self) -> Log:
@@ -195,6 +207,7 @@ class Trainer:
         self._ids: list[str] = []
         self._count = 0
         self._began = time.perf_counter()
+        self.adapter.begin_step(self.step)
 
     def _agree(self) -> dict[str, float]:
         """Mean losses over micro-steps and processes, after making sure that all are finite; and whether to stop.
@@ -214,15 +227,19 @@ class Trainer:
         return {"loss" if name == "total" else f"loss_{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def _set_rates(self) -> dict[str, float]:
-        rate = schedules.rate(self.recipe.train.schedule, self.step, self.recipe.train.steps)
+        rate = schedules.rate(self.recipe.train.schedule, self.step, self.recipe.train.total_steps)
         found = optimizers.set_rates(self._engine.optimizer, rate)
         return {f"learning_rate_{name}": value for name, value in found.items()}
 
     def _finish_step(self, values: dict[str, float]) -> None:
-        norm = float(self._engine.clip(list(self._parameters.values()), self.recipe.train.max_grad_norm))
+        self._rest()
+        limits = self.recipe.train.max_grad_norm, self.recipe.train.max_grad_value
+        norm = float(self._engine.clip(list(self._parameters.values()), *limits))
         self._norms.check(norm, self.step + 1, self._ids)
-        self._watch.look()
+        if self._watch:
+            self._watch.look()
         self._engine.step()
+        self.adapter.end_step(optimizers.rates(self._engine.optimizer))
         self.step += 1
         self._updated = True
         if self._ema:
@@ -232,6 +249,17 @@ class Trainer:
         memory = peak_memory(self.processes.device)
         measured = {"grad_norm": norm, "seconds": seconds, "samples_per_second": pace, "peak_memory": memory}
         self.log.record(self.step, values | measured)
+
+    def _rest(self) -> None:
+        """Drop the gradients of groups that rest: the optimizer passes over weights without one, decay included."""
+        resting = self.adapter.resting(self.step)
+        moving = {name: value for g in self._groups if g.name not in resting for name, value in g.parameters.items()}
+        for name, parameter in self._parameters.items():
+            if name not in moving:
+                parameter.grad = None
+        if fresh := moving.keys() - self._moving:  # all at first, and those that a pivot wakes
+            self._watch = GradientWatch({name: moving[name] for name in self._parameters if name in fresh})
+        self._moving |= moving.keys()
 
     def _save(self) -> None:
         snapshot = Snapshot(
@@ -265,12 +293,12 @@ class Trainer:
         self._engine.load_scaler_state(saved.facts["scaler"])
         if self._ema:
             self._ema.load(saved.average)
-        self._watch.rest()
         self.step = saved.step
+        self._moving = frozenset(self._parameters) if self.step > 1 else frozenset()
         self.processes.say(f"continuing from {path}")
 
     def _require_fitting(self, saved: Snapshot) -> None:
-        total, facts, here = self.recipe.train.steps, saved.facts, self._samples_per_step()
+        total, facts, here = self.recipe.train.total_steps, saved.facts, self._samples_per_step()
         if saved.step > total:
             raise UserError(f"train.steps is {total}, but {self.folder.path} is already at step {saved.step}")
         if facts["samples_per_step"] != here:

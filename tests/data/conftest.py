@@ -80,8 +80,9 @@ class Fake:
         self.captions += captions
         return Conditioning(tokens=torch.stack([torch.randn(4, 3, generator=generator(0, text)) for text in captions]))
 
-    def caption_overflow(self, caption: str) -> int:
-        return max(0, len(caption.split()) - self.words)
+    def caption_overflow(self, caption: str, words: dict[str, int] | None = None) -> int:
+        added = sum((vectors - 1) * caption.count(word) for word, vectors in (words or {}).items())
+        return max(0, len(caption.split()) + added - self.words)
 
     def pipeline(self) -> Pipe:
         self.require("denoiser", "vae", "text_encoder")

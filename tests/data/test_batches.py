@@ -240,6 +240,29 @@ def test_repeats_and_weights_of_concepts(make_recipe: Make, folder: Folder, fake
     assert drawn == {"0/0.png": 12, "0/1.png": 12, "1/0.png": 4, "1/1.png": 4, "1/2.png": 4}
 
 
+@pytest.mark.parametrize("prior", [{"kind": "none"}, PRIOR, PRIOR | {"layout": "mixed"}])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_balanced_counts_are_exact_over_an_epoch_for_any_number_of_processes(
+    world: int, prior: dict[str, Any], make_recipe: Make, folder: Folder, fake: Any
+) -> None:
+    recipe = make_recipe(folder(2), folder(6, "more"), data={"balance": True}, prior=prior)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 12 // world})})
+    ranks = [prepare(recipe, fake(), Rank(rank, world)) for rank in range(world)]
+    assert ranks[0].describe()["draws_per_epoch"] == 12
+    epochs = 4 if prior.get("layout") == "mixed" else 2  # half of a mixed step are class pictures
+    drawn = Counter(name for rank in ranks for step in steps(rank, 0, epochs) for name in step[0].ids)
+    own = {name: count for name, count in drawn.items() if not name.startswith("class")}
+    assert own == {f"0/{index}.png": 6 for index in range(2)} | {f"1/{index}.png": 2 for index in range(6)}
+
+
+def test_balanced_batches_can_be_begun_at_any_step(make_recipe: Make, folder: Folder, fake: Any) -> None:
+    recipe = make_recipe(folder(2), folder(5, "more"), data={"balance": True}, train={"batch_size": 3})
+    whole = steps(prepare(recipe, fake()), 0, 9)
+    assert all(
+        equal(one[0], other[0]) for one, other in zip(whole[7:], steps(prepare(recipe, fake()), 7, 2), strict=True)
+    )
+
+
 def test_masks_follow_their_pictures_and_leave_class_images_whole(
     make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path
 ) -> None:

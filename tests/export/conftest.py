@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from finetune.adapters import attach
-from finetune.config.schema import FullConfig, LoraConfig, ModelConfig, Recipe
+from finetune.config.adapters import FullConfig, LoraConfig
+from finetune.config.schema import ModelConfig, Recipe
 from finetune.families import load_family
 from finetune.randomness import generator
 

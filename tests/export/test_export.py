@@ -243,7 +243,7 @@ def test_killed_export_leaves_whole_files_and_the_next_one_cleans_up(trained, re
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("lora.ckpt", b"\x80\x04", "pickles"),
+        ("lora.ckpt", b"\x80\x04", ".ckpt is not read"),
         ("lora.safetensors", b"no safetensors at all", "no whole safetensors file"),
         ("empty", None, "holds no adapter"),
     ],

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from finetune.adapters import attach
 from finetune.config import Recipe, lock, read_recipe
-from finetune.config.schema import LoraConfig, ModelConfig
+from finetune.config.adapters import LoraConfig
+from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import load_family
 from finetune.plan import Plan, plan, render

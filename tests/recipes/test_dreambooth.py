@@ -55,7 +55,9 @@ def test_every_adapter_learns_under_every_prior_and_its_files_verify(
     assert all(("loss_prior" in row) == (prior != "none") for row in logged)
     written = {path.name for path in (tmp_path / "run" / "adapters").iterdir()}
     assert written == (
-        {"model"} if adapter == "full" else {"pytorch_lora_weights.safetensors", "run.safetensors", "run.json"}
+        {"delta.safetensors"}
+        if adapter == "full"
+        else {"pytorch_lora_weights.safetensors", "run.safetensors", "run.json"}
     )
 
 

@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "average": {"ema": {"decay": 0.9}},
     "sgd": {"optimizer": {"name": "sgd"}},
     "schedule": {"schedule": {"name": "cosine", "warmup_steps": 3}},
+    "rates": {"schedule": {"rates": "0.05:4, 0.01:8, 0.002"}, "max_grad_value": 0.01},
     "bfloat16": {"mixed_precision": "bf16"},
     "all": {
         "gradient_accumulation_steps": 2,
@@ -94,11 +95,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
 def test_a_finished_run_says_so_and_trains_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer, _ = build(recipe(tmp_path / "run"))
     train(trainer)
-    weights = trainer.finish().tensors
+    weights = trainer.finish()[0].tensors
     again, _ = build(recipe(tmp_path / "run"))
     assert train(again) == []
     assert "already trained" in capsys.readouterr().out
-    assert all(torch.equal(value, weights[name]) for name, value in again.finish().tensors.items())
+    assert all(torch.equal(value, weights[name]) for name, value in again.finish()[0].tensors.items())
 
 
 def test_more_steps_continue_and_fewer_are_refused(tmp_path: Path) -> None:

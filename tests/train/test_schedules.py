@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from finetune.config.schema import ScheduleConfig
+from finetune.config.rates import parse
+from finetune.config.schema import ScheduleConfig, TrainConfig
+from finetune.errors import UserError
 from finetune.train.schedules import rate
 
 STEPS = 100
@@ -53,3 +55,58 @@ def test_final_is_where_it_ends(name: str) -> None:
 
 def test_warm_up_longer_than_the_run_is_all_there_is() -> None:
     assert rates(warmup_steps=1000)[-1] == pytest.approx(0.1)
+
+
+def table(text: str, steps: int, begin: int = 0) -> list[tuple[int, float]]:
+    """Where a new learning rate begins, in a run that is at step ``begin`` and may take ``steps``; the end has none."""
+    train = TrainConfig.model_validate({"steps": steps, "schedule": {"rates": text}})
+    total, found = train.total_steps, []
+    for step in range(begin, total):
+        value = train.peak_learning_rate * rate(train.schedule, step, total)
+        if not found or found[-1][1] != pytest.approx(value):
+            found.append((step, pytest.approx(value)))
+    return [*found, (total, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "begin", "expected"),
+    [
+        ("0.01:500, 0.001:1000", 0, [(0, 0.01), (500, 0.001), (1000, 0)]),
+        ("0.01:500, 0.001:1000", 499, [(499, 0.01), (500, 0.001), (1000, 0)]),
+        ("0.01:500, 0.001:1000", 700, [(700, 0.001), (1000, 0)]),  # resumed: a pair that is over is skipped
+        ("5e-6", 0, [(0, 5e-6), (2000, 0)]),
+        ("5e-6:-1", 0, [(0, 5e-6), (2000, 0)]),
+        ("5e-6:100, 1e-7", 0, [(0, 5e-6), (100, 1e-7), (2000, 0)]),
+        ("5e-6:100, 1e-7:-1, 3:4", 0, [(0, 5e-6), (100, 1e-7), (2000, 0)]),  # nothing is read after the end
+        ("5e-6:100, 1e-7:9000", 0, [(0, 5e-6), (100, 1e-7), (2000, 0)]),  # clamped to the steps of the run
+        (" 5e-6:100 ,, 1e-7 : 300 , ", 0, [(0, 5e-6), (100, 1e-7), (300, 0)]),
+        ("1e-7:300, 5e-6:100", 0, [(0, 1e-7), (300, 0)]),  # a pair that ends before it could begin
+        ("1e-3:100, 5e-3:200", 0, [(0, 1e-3), (100, 5e-3), (200, 0)]),
+    ],
+)
+def test_rates_step_by_step(text: str, begin: int, expected: list[tuple[int, float]]) -> None:
+    """METHODS §4.7: the table of A1111's schedule strings, in runs of at most 2000 steps."""
+    assert table(text, 2000, begin) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fast", "'fast' is none"),
+        ("1e-4:soon", "'1e-4:soon' is none"),
+        ("1e-4:1e3", "'1e-4:1e3' is none"),
+        ("1e-4:10:20", "'1e-4:10:20' is none"),
+        ("1e-4:", "'1e-4:' is none"),
+        (" , ", "must hold pairs"),
+        ("0:100", "positive learning rates, not '0'"),
+        ("nan:100", "positive learning rates, not 'nan'"),
+        ("-1e-4", "positive learning rates, not '-1e-4'"),
+        ("1e-4:0", "positive steps"),
+        ("1e-4:-2", "positive steps"),
+    ],
+)
+def test_rates_that_are_none_have_one_clear_error(text: str, said: str) -> None:
+    """METHODS §4.3."""
+    with pytest.raises(UserError) as caught:
+        parse(text)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from finetune.train.trainer import Trainer
 def run(trainer: Trainer, **options: Any) -> dict[str, Tensor]:
     for batch in trainer.steps(ToyBatches(trainer.recipe, trainer.processes, **options)):
         trainer.update(batch)
-    return trainer.finish().tensors
+    return trainer.finish()[0].tensors
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
@@ -64,6 +64,31 @@ def test_clipping_clips(tmp_path: Path) -> None:
     assert norms[0] == norms[1] > 0.1
     assert moves[0] == pytest.approx(1e-3, rel=1e-3)
     assert moves[1] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_clipping_by_value_cuts_each_number_and_leaves_the_norm_alone(tmp_path: Path) -> None:
+    """METHODS §4.3: an SGD step with rate 1 is the cut gradient itself; the norm before is logged."""
+    plain = {"optimizer": {"name": "sgd", "betas": [0.0, 0.9], "weight_decay": 0.0}, "steps": 1, "learning_rate": 1.0}
+    moves, limit = [], 0.05
+    runs = {"cut": {"max_grad_value": limit, "max_grad_norm": 1e-3}, "whole": {"max_grad_norm": 1e6}}
+    for folder, limits in runs.items():
+        trainer, _ = build(recipe(tmp_path / folder, **limits, **plain))
+        before = {name: tensor.clone() for name, tensor in trainer.adapter.weights().tensors.items()}
+        after = run(trainer)
+        moves.append(torch.cat([(after[name] - before[name]).flatten() for name in before]))
+    cut, whole = moves
+    assert float(whole.abs().max()) > limit > float(whole.abs().min())
+    torch.testing.assert_close(cut, whole.clamp(-limit, limit), rtol=1e-4, atol=1e-6)
+    assert metrics(tmp_path / "cut")[0]["grad_norm"] == metrics(tmp_path / "whole")[0]["grad_norm"]
+
+
+def test_rates_step_by_step_and_the_end_they_bring(tmp_path: Path) -> None:
+    """METHODS §4.3: after the last pair's step, training stops; groups keep their proportions."""
+    rates = {"rates": "0.1:2, 0.02:3"}
+    run(build(recipe(tmp_path / "run", steps=50, schedule=rates), last_rate=0.01)[0])
+    rows = metrics(tmp_path / "run")
+    assert [row["learning_rate_first"] for row in rows] == pytest.approx([0.1, 0.1, 0.02])
+    assert [row["learning_rate_last"] for row in rows] == pytest.approx([0.01, 0.01, 0.002])
 
 
 def test_groups_have_their_own_learning_rates(tmp_path: Path) -> None:
@@ -118,7 +143,7 @@ def test_averaged_is_the_average_inside_and_nothing_outside(tmp_path: Path) -> N
                 with trainer.averaged():
                     assert not torch.equal(inner, networks["denoiser"].last.weight)
                 torch.rand(3)  # a body may draw numbers: the run does not depend on the global generator
-        seen[name] = trainer.finish().tensors
+        seen[name] = trainer.finish()[0].tensors
     assert all(torch.equal(seen["looking"][name], seen["not"][name]) for name in seen["not"])
 
 

@@ -12,7 +12,8 @@ from toy_run import recipe
 
 from finetune.adapters import attach
 from finetune.batch import Batch, Conditioning, Posterior
-from finetune.config.schema import LoraConfig, ModelConfig, Recipe, SamplerConfig, SamplesConfig
+from finetune.config.adapters import LoraConfig
+from finetune.config.schema import ModelConfig, Recipe, SamplerConfig, SamplesConfig
 from finetune.denoise import denoising_error
 from finetune.distributed import start
 from finetune.errors import GuardError
@@ -75,7 +76,7 @@ def train(run: Recipe, until: int | None = None, look: bool = True) -> dict[str,
             preview(trainer, family, run.samples.prompts)
         if trainer.step == until:
             break
-    return trainer.finish().tensors
+    return trainer.finish()[0].tensors
 
 
 def test_neither_an_interruption_nor_a_preview_changes_a_bit(tmp_path: Path, tiny_sd: Path) -> None:

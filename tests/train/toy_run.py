@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finetune.adapter import ParameterGroup, Weights
+from finetune.adapter import Adapter, ParameterGroup, Weights
 from finetune.batch import Batch, Posterior
 from finetune.config import Recipe
 from finetune.config.command import exit_codes
@@ -29,7 +29,7 @@ from finetune.train import Trainer
 SHAPE = (4, 2, 2)
 
 
-class ToyAdapter:
+class ToyAdapter(Adapter):
     """Two groups that train; the layer between them stays frozen."""
 
     kind = "full"
@@ -154,7 +154,7 @@ def main(path: Path) -> None:
     if trainer.processes.is_main:
         from finetune.files import write_tensors
 
-        write_tensors(trainer.folder.adapters / "toy.safetensors", weights.tensors)
+        write_tensors(trainer.folder.adapters / "toy.safetensors", weights[0].tensors)
 
 
 if __name__ == "__main__":

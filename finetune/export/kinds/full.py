@@ -1,0 +1,93 @@
+"""Whole weights: diffusers folders of the whole model, and files of the trained weights alone (layout delta)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.adapter import Weights
+from finetune.config.adapters import FullConfig, PivotalConfig
+from finetune.config.schema import Recipe
+from finetune.errors import UserError
+from finetune.export import check_delta, check_model
+from finetune.export.base import load_base
+from finetune.export.checks import Report
+from finetune.export.delta import DELTA, load_delta, write_delta
+from finetune.export.full import write_model
+from finetune.export.kinds import Contents
+from finetune.export.metadata import OWN, describe
+from finetune.export.read import DELTA_FILE, MODEL, Identity
+from finetune.family import ModelFamily
+
+LAYOUTS = (MODEL, DELTA)
+_FORMATS = {"diffusers": MODEL, DELTA: DELTA}  # what a recipe calls them
+
+
+def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
+    """``model/``, the base's folder with the trained weights put in; ``delta.safetensors``, these weights alone."""
+    from finetune.families import model_folder
+
+    dtype, base, names = getattr(torch, recipe.export.dtype), model_folder(recipe.model), family.export_names
+    written = []
+    for layout, name in file_names(recipe).items():
+        path = folder / name
+        if layout == MODEL:
+            written.append(write_model(weights, base, path, names, dtype))
+        else:
+            written.append(write_delta(weights, base, path, names, dtype, _header(weights, family, recipe)))
+    return written
+
+
+def layouts(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe's weights are written as. Unless it says so, a selection does not cost a whole model's size."""
+    formats, adapter = recipe.export.formats, recipe.adapter
+    if formats is not None:
+        return tuple(layout for name, layout in _FORMATS.items() if name in formats)
+    weights = adapter.weights if isinstance(adapter, PivotalConfig) else adapter
+    return (DELTA,) if isinstance(weights, FullConfig) and weights.select != "all" else (MODEL,)
+
+
+def file_names(recipe: Recipe) -> dict[str, str]:
+    """What the folder and the file of a recipe are called, by layout."""
+    return {layout: MODEL if layout == MODEL else DELTA_FILE for layout in layouts(recipe)}
+
+
+def recognise(contents: Contents) -> str | None:
+    """Deltas by their header; whole models are folders, which no header tells of."""
+    said = contents.metadata
+    return DELTA if (said.get(f"{OWN}kind"), said.get(f"{OWN}layout")) == ("full", DELTA) else None
+
+
+def readers(layout: str) -> tuple[str, ...]:
+    """Diffusers alone; deltas through ``finetune.load_delta``."""
+    return ("diffusers",)
+
+
+def check(report: Report, found: Identity, base: str | None, against: Sequence[str], weights: Weights | None) -> None:
+    """See ``finetune.export.check_model`` and ``check_delta``."""
+    if found.whole:
+        check_model.check_folder(report, found.path, weights)
+    else:
+        check_delta.check_file(report, found, load_base(found, base), against, weights)
+
+
+def apply(pipeline: Any, found: Identity, strength: float) -> None:
+    """A delta through ``finetune.load_delta``; nothing to do for a whole model, which the pipeline was loaded from.
+
+    Raises:
+        UserError: another strength than 1 is asked for of a whole model, or a delta does not fit.
+    """
+    if not found.whole:
+        load_delta(pipeline, found.path, strength)
+    elif strength != 1.0:
+        raise UserError(f"{found.path} is a whole model; strength {strength:g} is for adapter files")
+
+
+def _header(weights: Weights, family: ModelFamily, recipe: Recipe) -> dict[str, str]:
+    header = describe(DELTA, (), weights.settings, family, recipe)
+    architecture = header["modelspec.architecture"].removesuffix("/lora") + "/delta"
+    count = str(len(weights.tensors))
+    return header | {f"{OWN}kind": "full", f"{OWN}layers": count, "modelspec.architecture": architecture}

@@ -1,0 +1,116 @@
+"""LoRA: files of the layouts diffusers and kohya.
+
+DoRA has one row length per output, for which the tools that read kohya's naming have no right formula. It is written
+for diffusers; where a recipe asks for kohya by name, each layer's whole difference is written (layout difference),
+which is exact at every strength between the base and what was trained, and as large as the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.adapter import Weights
+from finetune.config.adapters import LoraConfig, PivotalConfig
+from finetune.config.schema import Recipe
+from finetune.errors import UserError
+from finetune.export import check_lora, check_lycoris, lycoris_kohya
+from finetune.export.base import load_base
+from finetune.export.checks import Report
+from finetune.export.kinds import Contents, wanted
+from finetune.export.kinds.lycoris import write_file
+from finetune.export.layers import Layer, layers
+from finetune.export.lycoris import Change, differences
+from finetune.export.merge import merge
+from finetune.export.metadata import describe, prompt_width, side_file
+from finetune.export.read import CONVENTIONAL, FORMATS, Identity, read_tensors
+from finetune.family import ModelFamily
+from finetune.files import write_json
+
+LAYOUTS = (*FORMATS, "difference")
+
+
+def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
+    """``pytorch_lora_weights.safetensors`` for diffusers, and ``<run>.safetensors`` with its card for other tools."""
+    found = layers(weights)
+    return [_write(name, found, weights, family, recipe, folder) for name in layouts(recipe)]
+
+
+def layouts(recipe: Recipe) -> tuple[str, ...]:
+    """The layouts that a recipe's LoRA is written in."""
+    asked = wanted(recipe, tuple(FORMATS))
+    adapter = recipe.adapter.weights if isinstance(recipe.adapter, PivotalConfig) else recipe.adapter
+    if not (isinstance(adapter, LoraConfig) and adapter.use_dora):
+        return asked
+    others = ("difference",) if recipe.export.formats and "kohya" in asked else ()
+    return (*(name for name in asked if name != "kohya"), *others)
+
+
+def recognise(contents: Contents) -> str | None:
+    """By the endings of the keys."""
+    if lycoris_kohya.algorithm_of(contents.keys) == "full":
+        return "difference"
+    return next((layout.name for layout in FORMATS.values() if layout.recognises(contents.keys)), None)
+
+
+def readers(layout: str) -> tuple[str, ...]:
+    """As the layout says."""
+    return FORMATS[layout].readers if layout in FORMATS else check_lycoris.READERS[layout]
+
+
+def check(report: Report, found: Identity, base: str | None, against: Sequence[str], weights: Weights | None) -> None:
+    """See ``finetune.export.check_lora``."""
+    family = load_base(found, base)
+    if found.layout != "difference":
+        check_lora.check_file(report, found, family, against, weights)
+        return
+
+    def expected(dtype: torch.dtype) -> tuple[list[Change], dict[str, Tensor]]:
+        assert weights is not None
+        trained = differences(layers(weights), family)
+        return trained, lycoris_kohya.pack(trained, family.export_names, dtype)
+
+    check_lycoris.check_file(report, found, family, against, expected if weights else None, apply)
+
+
+def apply(pipeline: Any, found: Identity, strength: float) -> None:
+    """Through ``load_lora_weights``; differences are added to the weights."""
+    if found.layout == "difference":
+        merge(pipeline, read_tensors(found.path), strength)
+        return
+    try:
+        pipeline.load_lora_weights(str(found.path), adapter_name="sampled")
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise UserError(f"{found.path} does not fit the base: {str(error).splitlines()[0]}") from error
+    if strength != 1.0:
+        pipeline.set_adapters(["sampled"], [strength])
+
+
+def file_names(recipe: Recipe) -> dict[str, str]:
+    """What the files of a recipe are called, by layout."""
+    return {layout: file_name(layout, recipe) for layout in layouts(recipe)}
+
+
+def file_name(layout: str, recipe: Recipe) -> str:
+    """What a LoRA file of ``layout`` is called."""
+    run = Path(recipe.output).absolute().name
+    return CONVENTIONAL if layout == "diffusers" else f"{run}.safetensors"
+
+
+def _write(
+    layout: str, found: list[Layer], weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path
+) -> Path:
+    path, names, dtype = folder / file_name(layout, recipe), family.export_names, getattr(torch, recipe.export.dtype)
+    if layout == "difference":
+        tensors, written = lycoris_kohya.pack(differences(found, family), names, dtype), found
+    else:
+        tensors = FORMATS[layout].pack(found, names, dtype)
+        written = FORMATS[layout].unpack(tensors, names)
+    write_file(path, tensors, describe(layout, written, weights.settings, family, recipe))
+    if layout != "diffusers":
+        write_json(path.with_suffix(".json"), side_file(recipe, prompt_width(found, family)))
+    return path
