@@ -20,6 +20,8 @@ class ParameterGroup:
         learning_rate: replaces the run's, where it is set.
         factor: what either is multiplied by.
         decays: whether weight decay acts on them.
+        patience: how many updates may pass until each has had a gradient that is not zero. A LoRA's A needs two, since
+            its B begins at zero; a word is not in every batch.
     """
 
     name: str
@@ -27,6 +29,7 @@ class ParameterGroup:
     learning_rate: float | None = None
     factor: float = 1.0
     decays: bool = True
+    patience: int = 2
 
 
 @dataclass(frozen=True)

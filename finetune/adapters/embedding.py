@@ -23,6 +23,7 @@ from finetune.family import ModelFamily, Vocabulary
 from finetune.randomness import generator
 
 GROUP = "embedding"
+PATIENCE = 32  # updates: captions drop out, and some batches hold class images alone
 
 
 class Extended(nn.Embedding):
@@ -103,7 +104,8 @@ class Embedding(Adapter):
 
     def groups(self) -> list[ParameterGroup]:
         """One, with the new rows of each text encoder."""
-        return [ParameterGroup(GROUP, {f"{n}.{self._names[n]}.new": table.new for n, table in self.tables.items()})]
+        rows = {f"{network}.{self._names[network]}.new": table.new for network, table in self.tables.items()}
+        return [ParameterGroup(GROUP, rows, patience=PATIENCE)]
 
     def networks(self) -> frozenset[str]:
         """The text encoders."""

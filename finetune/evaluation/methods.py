@@ -69,7 +69,7 @@ def _own(title: str, name: str, *changes: str) -> Method:
     return Method(title, (f"{name}-tiny.yaml", *changes), (f"{name}-tiny.yaml", *PLAIN, *changes))
 
 
-LORA = ("dreambooth-tiny.yaml",)
+LORA = ("dreambooth-tiny.yaml", "train.steps=300")  # as many as the others
 METHODS = {
     "lora": Method("LoRA", LORA, ("lora-tiny.yaml",)),
     "dora": _weights("DoRA", "dora"),

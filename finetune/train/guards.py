@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,15 @@ def require_one_home(
 
 
 class GradientWatch:
-    """Sees to it, in the first two updates, that a gradient reaches every trained tensor.
+    """Sees to it, in the first updates, that a gradient reaches every trained tensor.
 
-    After one update no gradient may be missing: the tensor would have no part in the loss. After two none may have
-    been zero both times; once is right for a LoRA's A, whose B begins at zero.
+    After one update no gradient may be missing: the tensor would have no part in the loss. After ``patience`` updates
+    of its group none may have been zero each time.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._silent = dict(parameters)
+    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
+        self._silent = {name: value for group in groups for name, value in group.parameters.items()}
+        self._patience = {name: group.patience for group in groups for name in group.parameters}
         self._updates = 0
 
     def look(self) -> None:
@@ -53,14 +54,15 @@ class GradientWatch:
         Raises:
             GuardError: some tensor learns nothing; it names them.
         """
-        if self._updates == 2:
+        if not self._silent:
             return
         self._updates += 1
-        if missing := [name for name, value in self._silent.items() if value.grad is None]:
+        missing = [name for name, value in self._silent.items() if value.grad is None]
+        if missing and self._updates == 1:
             raise GuardError(f"no gradient reaches {_list(missing)}: the loss does not depend on them")
         self._silent = {name: value for name, value in self._silent.items() if not _nonzero(value)}
-        if self._updates == 2 and self._silent:
-            raise GuardError(f"the gradient of {_list(self._silent)} was zero in both of the first two updates")
+        if late := [name for name in self._silent if self._patience[name] <= self._updates]:
+            raise GuardError(f"the gradient of {_list(late)} was zero in each of the first {self._updates} updates")
 
 
 def require_finite_losses(losses: Tensor, pictures: Sequence[Sequence[str]], step: int) -> None:

@@ -115,7 +115,7 @@ class Trainer:
         self._engine = processes.engine(self._trainee, optimizer, phased=adapter.phased)
         self._ema = Ema(train.ema, self._parameters) if train.ema else None
         self._watch: GradientWatch | None = None
-        self._moving: frozenset[str] = frozenset()
+        self._moved: frozenset[str] = frozenset()  # groups
         self._norms = NormGuard(_PATIENCE if self._engine.scales_loss else 1)
         self._pictures: dict[str, str] = {}
         self._log: Log | None = None
@@ -160,7 +160,7 @@ class Trainer:
         """Forward, backward, and where an accumulation ends an optimizer step. Returns the loss, detached.
 
         Raises:
-            GuardError: a loss or gradient is not finite on some process, or one of the first two updates leaves a
+            GuardError: a loss or gradient is not finite on some process, or one of the first updates leaves a
                 parameter without gradient. The weights are as before the update.
         """
         self._updated = False
@@ -253,13 +253,14 @@ class Trainer:
     def _rest(self) -> None:
         """Drop the gradients of groups that rest: the optimizer passes over weights without one, decay included."""
         resting = self.adapter.resting(self.step)
-        moving = {name: value for g in self._groups if g.name not in resting for name, value in g.parameters.items()}
-        for name, parameter in self._parameters.items():
-            if name not in moving:
-                parameter.grad = None
-        if fresh := moving.keys() - self._moving:  # all at first, and those that a pivot wakes
-            self._watch = GradientWatch({name: moving[name] for name in self._parameters if name in fresh})
-        self._moving |= moving.keys()
+        for group in self._groups:
+            if group.name in resting:
+                for parameter in group.parameters.values():
+                    parameter.grad = None
+        moving = frozenset(group.name for group in self._groups) - resting
+        if fresh := moving - self._moved:  # all at first, and those that a pivot wakes
+            self._watch = GradientWatch([group for group in self._groups if group.name in fresh])
+        self._moved |= moving
 
     def _save(self) -> None:
         snapshot = Snapshot(
@@ -294,7 +295,7 @@ class Trainer:
         if self._ema:
             self._ema.load(saved.average)
         self.step = saved.step
-        self._moving = frozenset(self._parameters) if self.step > 1 else frozenset()
+        self._moved = frozenset(group.name for group in self._groups) if self.step > 1 else frozenset()
         self.processes.say(f"continuing from {path}")
 
     def _require_fitting(self, saved: Snapshot) -> None:

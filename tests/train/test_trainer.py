@@ -183,17 +183,28 @@ def test_a_tensor_outside_the_loss_is_named_in_the_first_step() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b")}
     gradients(parameters, {"a": 1.0, "b": None})
     with pytest.raises(GuardError, match="no gradient reaches b"):
-        GradientWatch(parameters).look()
+        GradientWatch([ParameterGroup("denoiser", parameters)]).look()
 
 
 def test_a_gradient_may_be_zero_once_and_not_twice() -> None:
     """A LoRA's A has none in the first update, because B is zero."""
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b", "c")}
-    watch = GradientWatch(parameters)
+    watch = GradientWatch([ParameterGroup("denoiser", parameters)])
     gradients(parameters, {"a": 0.0, "b": 1.0, "c": 0.0})
     watch.look()
     gradients(parameters, {"a": 1.0, "b": 0.0, "c": 0.0})
-    with pytest.raises(GuardError, match=r"gradient of c was zero in both"):
+    with pytest.raises(GuardError, match=r"gradient of c was zero in each of the first 2"):
+        watch.look()
+
+
+def test_a_word_that_the_first_batches_do_not_hold_is_waited_for() -> None:
+    """With caption dropout, or class pictures in one batch with the others (``prior.layout: mixed``)."""
+    word = {"new": nn.Parameter(torch.zeros(1))}
+    watch = GradientWatch([ParameterGroup("embedding", word, patience=4)])
+    for _ in range(3):
+        gradients(word, {"new": 0.0})
+        watch.look()
+    with pytest.raises(GuardError, match=r"gradient of new was zero in each of the first 4"):
         watch.look()
 
 
