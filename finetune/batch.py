@@ -71,7 +71,7 @@ class Batch:
         ids: names that stay the same in every epoch and on every process. Errors quote them.
         draws: which draw of the endless order each sample is. With ``ids`` it names all of a sample's randomness.
         captions: prompts after templates, dropout and shuffling.
-        posterior: of the pictures, [B, C, h, w], unscaled.
+        posterior: of the pictures, [B, C, h, w], unscaled; smaller ones than the largest lie at the top left.
         prior: True where the picture shows the class and not the subject, bool [B].
         weight: how much each sample counts, float32 [B].
         geometry: original height and width, crop top and left, target height and width, int64 [B, 6].
@@ -79,6 +79,7 @@ class Batch:
         prompt: the captions encoded ahead, as they can be while no text encoder trains.
         class_captions: what each sample's class is called, where the prior is the untouched model itself.
         class_prompt: the class captions encoded ahead.
+        sizes: height and width of each sample's latents where they differ; None where all fill the tensors.
     """
 
     ids: tuple[str, ...]
@@ -92,9 +93,42 @@ class Batch:
     prompt: Conditioning | None = None
     class_captions: tuple[str, ...] | None = None
     class_prompt: Conditioning | None = None
+    sizes: tuple[tuple[int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def by_size(self, each: Callable[[Batch], Tensor]) -> Tensor:
+        """``each`` of the samples of every size together, [B, ...], in this batch's order.
+
+        Args:
+            each: maps a batch of one size to one row per sample.
+        """
+        if self.sizes is None:
+            return each(self)
+        groups = {size: [i for i, own in enumerate(self.sizes) if own == size] for size in self.sizes}
+        rows = torch.cat([each(self._of(size, places)) for size, places in groups.items()])
+        order = torch.tensor([place for places in groups.values() for place in places], device=rows.device)
+        return rows[order.argsort()]
+
+    def _of(self, size: tuple[int, int], places: Sequence[int]) -> Batch:
+        """The samples at ``places``, all of one size."""
+        height, width = size
+        index = torch.tensor(places, device=self.prior.device)
+        mean, logvar = (part[index, ..., :height, :width] for part in (self.posterior.mean, self.posterior.logvar))
+        return Batch(
+            ids=tuple(self.ids[i] for i in places),
+            draws=tuple(self.draws[i] for i in places),
+            captions=tuple(self.captions[i] for i in places),
+            posterior=Posterior(mean=mean, logvar=logvar),
+            prior=self.prior[index],
+            weight=self.weight[index],
+            geometry=self.geometry[index],
+            mask=None if self.mask is None else self.mask[index, ..., :height, :width],
+            prompt=self.prompt and self.prompt.rows(index),
+            class_captions=self.class_captions and tuple(self.class_captions[i] for i in places),
+            class_prompt=self.class_prompt and self.class_prompt.rows(index),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``."""

@@ -37,6 +37,10 @@ def denoising_error(family: ModelFamily, batch: Batch, seed: int) -> Tensor:
     Read the prompt, spoil the latents, predict, compare. Averaging is left to the recipe, which knows which samples
     count for what.
     """
+    return batch.by_size(lambda one: _error(family, one, seed))
+
+
+def _error(family: ModelFamily, batch: Batch, seed: int) -> Tensor:
     prompt = batch.prompt or family.encode_prompt(batch.captions)
     noised = spoil(family, batch, seed)
     answer = family.predict(noised.noisy, noised.timesteps, prompt, batch.geometry)
@@ -49,6 +53,10 @@ def preservation_error(family: ModelFamily, adapter: Adapter, batch: Batch, seed
     The untouched model's answer is the target, on the same noisy latents: prior preservation without class images.
     The batch must carry ``class_captions``.
     """
+    return batch.by_size(lambda one: _drift(family, adapter, one, seed))
+
+
+def _drift(family: ModelFamily, adapter: Adapter, batch: Batch, seed: int) -> Tensor:
     noised = spoil(family, batch, seed)
 
     def answer() -> Tensor:
@@ -61,7 +69,7 @@ def preservation_error(family: ModelFamily, adapter: Adapter, batch: Batch, seed
 
 
 def spoil(family: ModelFamily, batch: Batch, seed: int) -> Noised:
-    """Draw latents, noise and timesteps for each sample and mix them.
+    """Draw latents, noise and timesteps for each sample of a batch of one size and mix them.
 
     Every sample draws from its own generators, named by its id and draw, so that neither the batch it is in nor the
     process it is on changes what it sees.

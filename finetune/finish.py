@@ -15,7 +15,7 @@ import psutil
 from finetune import evaluation
 from finetune.adapter import Weights
 from finetune.config import Recipe, lock
-from finetune.data import Batches, Concept, Picture
+from finetune.data import Batches, Concept, Picture, wording
 from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
@@ -147,7 +147,8 @@ def _questions(recipe: Recipe, concepts: Sequence[Concept], taught: Sequence[Tau
     scenes: list[tuple[str, Mapping[str, str]]] = [(prompt, {}) for prompt in asked]
     for one, concept in zip(taught, concepts, strict=True):
         scenes += one.questions(concept.config, _SHARED_SCENES).scenes if one and not asked else ()
-    prompts = [concept.config.prompt or concept.pictures[0].captions[0] or asked[0] for concept in concepts]
+    own = [wording.plain(concept.pictures[0].captions[0], recipe.data.wording) for concept in concepts]
+    prompts = [concept.config.prompt or text or asked[0] for concept, text in zip(concepts, own, strict=True)]
     scenes += [(prompt, {}) for prompt in prompts[1:]]
     with_word = [scene for scene in scenes if set(scene[0].split()) & set(triggers)] or scenes
     classes = list(dict.fromkeys(concept.config.class_prompt for concept in concepts if concept.config.class_prompt))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from finetune.batch import Conditioning
 
+MOST = 4096  # captions that are remembered; where draws shuffle their tags there is no end of them
+
 Encode = Callable[[Sequence[str]], Conditioning]
 
 
@@ -39,6 +41,8 @@ class PromptMemo:
         if not self.active:
             return self._encode(captions)
         self._forget_what_is_outdated()
+        if len(self._known) + len(set(captions)) > MOST:
+            self._known.clear()
         for caption in captions:
             if (self.untouched, caption) not in self._known:
                 with torch.no_grad():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, model_validator
 
 from finetune.config.adapters import AdapterConfig
 from finetune.config.rates import Pair, last_step, parse
 from finetune.config.section import Fraction, Probability, Section, Text
+from finetune.config.wording import FolderName, WordingConfig
 
 
 class ModelConfig(Section):
@@ -26,12 +28,13 @@ class ConceptConfig(Section):
     """Pictures that belong together: a subject, a style."""
 
     folder: Text
-    """Pictures, with captions beside them or in `metadata.jsonl`; `tinyworld:subject/N` and
+    """Pictures, with captions beside them or in `metadata.jsonl` or `metadata.csv`; `tinyworld:subject/N` and
     `tinyworld:style/N` draw one of the embedded world's."""
     prompt: Text | None = None
     """For pictures that have no caption of their own: "a photo of zib star"."""
-    captions: Literal["auto", "sidecar", "metadata", "prompt"] = "auto"
-    """Where captions come from; `auto` takes metadata, then a text file beside the picture, then the prompt."""
+    captions: Literal["auto", "sidecar", "metadata", "prompt", "filename", "folder"] = "auto"
+    """Where captions come from; `auto` takes metadata, then a text file beside the picture, then the prompt. `filename`
+    takes the picture's name, `folder` the folder's where it is called as kohya has it: `10_zib star`."""
     class_prompt: Text | None = None
     """What the subject is, without the rare token: "a star". Needed by prior preservation."""
     trigger: Text | None = None
@@ -39,9 +42,40 @@ class ConceptConfig(Section):
     masks: Text | None = None
     """Folder of masks with the pictures' names (white counts); `alpha` takes the pictures' own."""
     repeats: PositiveInt = 1
-    """How often each picture appears in an epoch."""
+    """How often each picture appears in an epoch; with `captions: folder` the folder's number where it is not set."""
     weight: PositiveFloat = 1.0
     """How much each picture counts in the loss."""
+
+    @property
+    def folder_name(self) -> FolderName | None:
+        """What the folder's name says; None where it is not called like `10_zib star`."""
+        return FolderName.of(Path(self.folder).name)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _repeats_of_folder(cls, keys: Any) -> Any:
+        if isinstance(keys, dict) and keys.get("captions") == "folder" and isinstance(keys.get("folder"), str):
+            name = FolderName.of(Path(keys["folder"]).name)
+            return {"repeats": name.repeats, **keys} if name else keys
+        return keys
+
+
+class BucketsConfig(Section):
+    """Shapes that pictures are cut to, so that little of them is lost; squares alone where there is no such section."""
+
+    step: PositiveInt = 64
+    """Sides are multiples of it, in pixels."""
+    smallest: PositiveInt | None = None
+    """Shortest side; half the resolution where it is not set."""
+    largest: PositiveInt | None = None
+    """Longest side; twice the resolution where it is not set."""
+    upscale: bool = True
+    """Enlarge small pictures to fill a shape. Without it they keep their size, cut to multiples of `step`."""
+
+    def limits(self, resolution: int) -> tuple[int, int]:
+        """Shortest and longest side of a resolution's shapes, multiples of ``step``."""
+        shortest, longest = self.smallest or resolution // 2, self.largest or 2 * resolution
+        return max(self.step, -(-shortest // self.step) * self.step), longest // self.step * self.step
 
 
 class CacheConfig(Section):
@@ -63,11 +97,17 @@ class DataConfig(Section):
     balance: bool = False
     """Draw every concept equally often, however many pictures it has."""
     resolution: PositiveInt = 512
-    """Side of the square that pictures are scaled and cropped to, in pixels."""
+    """Side of the square that pictures are scaled and cropped to, in pixels; with `buckets` the root of their area."""
+    more_resolutions: list[PositiveInt] = []
+    """Every picture is also drawn at these, as often as at the first. Class images keep to the first."""
+    buckets: BucketsConfig | None = None
+    """Several shapes in place of the square, each picture in the nearest."""
     flip: bool = False
     """Mirror half of the draws."""
     caption_dropout: Probability = 0.0
     """Share of draws that see the empty caption."""
+    wording: WordingConfig | None = None
+    """What is done to the other draws' captions; they stay as they are where it is not set."""
     unmasked_weight: Fraction = 0.0
     """How much places outside a mask count."""
     cache: CacheConfig = CacheConfig()

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from finetune.batch import Batch, Conditioning, Posterior
 from finetune.config.adapters import new_words
-from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
-from finetune.data import captions, images
+from finetune.config.schema import ModelPrior, Recipe
+from finetune.data import captions, images, wording
 from finetune.data.encode import Latents, Prompts
+from finetune.data.entries import Entry, class_entries, draws_per_epoch, order, subject_entries
 from finetune.data.processes import Alone, Processes
-from finetune.data.sampler import Balanced, Drawn, Fixed, Items, Mixed, Order, Pairwise, Plain, Share
+from finetune.data.sampler import Drawn, Share
 from finetune.data.sources import Concept, Picture
 from finetune.family import ModelFamily
 
@@ -52,13 +54,14 @@ class Batches:
         processes = processes or Alone()
         self.recipe, self.family, self.concepts, self.classes = recipe, family, concepts, classes
         self.latents, self.prompts = latents, prompts
-        self._subjects = [(picture, concept) for concept in concepts for picture in concept.pictures]
-        self.order = order(recipe, concepts, len(classes))
         train = recipe.train
         self.share = Share(train.batch_size, train.gradient_accumulation_steps, processes.rank, processes.world)
-        self.masked = any(picture.mask is not None for picture, _ in self._subjects)
-        side, scale = recipe.data.resolution, family.latent_scale
-        self._mask = lru_cache(MASKS)(lambda picture: images.mask(picture, side, scale))
+        by_concept, self._classes = subject_entries(recipe, concepts), class_entries(recipe, classes)
+        classed = self._classes or by_concept[0][:1]  # a plan has none yet: any entry takes their place in the order
+        self.order = order(recipe, concepts, by_concept, classed, self.share.per_step)
+        self._subjects = list(itertools.chain.from_iterable(by_concept))
+        self.masked = any(entry.picture.mask is not None for entry in self._subjects)
+        self._mask = lru_cache(MASKS)(lambda entry: images.mask(entry.picture, entry.crop, family.latent_scale))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the first step on, without end."""
@@ -76,36 +79,42 @@ class Batches:
         return self._assemble(sorted(drawn, key=lambda one: one.prior))
 
     def _assemble(self, drawn: Sequence[Drawn]) -> Batch:
-        pictures = [self._picture(one) for one in drawn]
+        entries = [self.entry(one) for one in drawn]
+        pictures = [entry.picture for entry in entries]
         texts = [self._caption(picture, one) for picture, one in zip(pictures, drawn, strict=True)]
         flips = [self._flipped(picture, one) for picture, one in zip(pictures, drawn, strict=True)]
-        posteriors = [self.latents.get(picture, flip) for picture, flip in zip(pictures, flips, strict=True)]
-        side = self.recipe.data.resolution
+        mirrored = list(zip(entries, flips, strict=True))
+        posteriors = [self.latents.get(entry.picture, entry.crop, flip) for entry, flip in mirrored]
+        sizes = [(posterior.mean.shape[-2], posterior.mean.shape[-1]) for posterior in posteriors]
         class_captions = self._class_captions(drawn)
         return Batch(
             ids=tuple(picture.id for picture in pictures),
             draws=tuple(one.number for one in drawn),
             captions=tuple(texts),
             posterior=Posterior(
-                mean=torch.cat([posterior.mean for posterior in posteriors]),
-                logvar=torch.cat([posterior.logvar for posterior in posteriors]),
+                mean=_padded([posterior.mean for posterior in posteriors]),
+                logvar=_padded([posterior.logvar for posterior in posteriors]),
             ),
             prior=torch.tensor([one.prior for one in drawn]),
             weight=torch.tensor([picture.weight for picture in pictures], dtype=torch.float32),
-            geometry=torch.stack([images.geometry(p, side, flip) for p, flip in zip(pictures, flips, strict=True)]),
-            mask=self._masks(pictures, flips) if self.masked else None,
+            geometry=torch.stack([images.geometry(entry.picture, entry.crop, flip) for entry, flip in mirrored]),
+            mask=self._masks(mirrored) if self.masked else None,
             prompt=self._encoded(texts),
             class_captions=class_captions,
             class_prompt=self._encoded(class_captions) if class_captions else None,
+            sizes=tuple(sizes) if len(set(sizes)) > 1 else None,
         )
 
-    def _picture(self, one: Drawn) -> Picture:
-        return self.classes[one.item] if one.prior else self._subjects[one.item][0]
+    def entry(self, one: Drawn) -> Entry:
+        """The picture of a draw, and where it is cut."""
+        return (self._classes if one.prior else self._subjects)[one.item]
 
     def _caption(self, picture: Picture, one: Drawn) -> str:
         """Class images are never drawn without their caption: it is the class prompt that is to be preserved."""
-        dropout = 0.0 if one.prior else self.recipe.data.caption_dropout
-        return captions.draw(picture.captions, self.recipe.seed, picture.id, one.number, dropout)
+        data, own = self.recipe.data, (picture.captions, self.recipe.seed, picture.id, one.number)
+        if one.prior:
+            return captions.draw(*own)
+        return captions.draw(*own, data.caption_dropout, data.wording, one.number // self.share.per_step)
 
     def _flipped(self, picture: Picture, one: Drawn) -> bool:
         return self.recipe.data.flip and captions.chance(self.recipe.seed, "flip", picture.id, one.number) < 0.5
@@ -113,12 +122,12 @@ class Batches:
     def _class_captions(self, drawn: Sequence[Drawn]) -> tuple[str, ...] | None:
         if not isinstance(self.recipe.prior, ModelPrior):
             return None
-        return tuple(self._subjects[one.item][1].config.class_prompt or "" for one in drawn)
+        return tuple(self._subjects[one.item].class_prompt or "" for one in drawn)
 
-    def _masks(self, pictures: Sequence[Picture], flips: Sequence[bool]) -> Tensor:
+    def _masks(self, mirrored: Sequence[tuple[Entry, bool]]) -> Tensor:
         least = self.recipe.data.unmasked_weight
-        masks = [self._mask(picture).clamp(min=least) for picture in pictures]
-        return torch.stack([mask.flip(-1) if flip else mask for mask, flip in zip(masks, flips, strict=True)])
+        masks = [(self._mask(entry).clamp(min=least), flip) for entry, flip in mirrored]
+        return _padded([(mask.flip(-1) if flip else mask)[None] for mask, flip in masks])
 
     def _encoded(self, texts: Sequence[str]) -> Conditioning | None:
         return None if self.prompts is None else self.prompts.stack(texts)
@@ -126,7 +135,12 @@ class Batches:
     @property
     def pictures(self) -> list[Picture]:
         """Of the subjects, then of the class."""
-        return [picture for picture, _ in self._subjects] + list(self.classes)
+        return [picture for concept in self.concepts for picture in concept.pictures] + list(self.classes)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All that can be drawn: of the subjects, then of the class."""
+        return [*self._subjects, *self._classes]
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -141,16 +155,41 @@ class Batches:
 
     @cached_property
     def final_captions(self) -> list[str]:
-        """Every string that some batch's prompts can hold, each once."""
-        texts = [text for picture in self.pictures for text in picture.captions]
+        """Every string that some batch's prompts can hold, each once.
+
+        Where wording makes a caption another one in each draw, these are the strings of the run's own draws, all of
+        them if they are encoded ahead and the first ``wording.MOST`` otherwise.
+
+        Raises:
+            UserError: they are too many to be encoded ahead.
+        """
+        ahead = self.prompts is not None and self.recipe.data.cache.text
+        texts = wording.distinct(self._varied(), ahead) if self._varies else self._unvaried()
+        texts += [text for picture in self.classes for text in picture.captions]
         if isinstance(self.recipe.prior, ModelPrior):
             texts += [concept.config.class_prompt or "" for concept in self.concepts]
         return list(dict.fromkeys([*texts, *([""] if self.recipe.data.caption_dropout else [])]))
 
     @property
+    def _varies(self) -> bool:
+        return self.recipe.data.wording is not None and self.recipe.data.wording.varies
+
+    def _varied(self) -> Iterator[str]:
+        """Captions of the subjects in all draws of the run."""
+        for number in range(self.recipe.train.total_steps * self.share.per_step):
+            drawn = (one for one in self.order.at(number) if not one.prior)
+            yield from (self._caption(self.entry(one).picture, one) for one in drawn)
+
+    def _unvaried(self) -> list[str]:
+        """Captions of the subjects' pictures, which are the same in every draw."""
+        pictures = [picture for concept in self.concepts for picture in concept.pictures]
+        return [wording.plain(text, self.recipe.data.wording) for picture in pictures for text in picture.captions]
+
+    @property
     def example_prompts(self) -> list[str]:
         """What previews draw where a recipe names nothing: each concept's prompt and its class prompt."""
-        own = [concept.config.prompt or concept.pictures[0].captions[0] for concept in self.concepts]
+        worded = self.recipe.data.wording
+        own = [c.config.prompt or wording.plain(c.pictures[0].captions[0], worded) for c in self.concepts]
         classes = [concept.config.class_prompt for concept in self.concepts if concept.config.class_prompt]
         return list(dict.fromkeys(own + classes))
 
@@ -159,8 +198,8 @@ class Batches:
         """What a person should know of the pictures and captions, a sentence each."""
         notes = [note for concept in self.concepts for note in concept.notes]
         if small := self._enlarged():
-            side = self.recipe.data.resolution
-            notes.append(f"{small} of {len(self.pictures)} pictures are smaller than {side} pixels and are enlarged")
+            least = "their shape" if self.recipe.data.buckets else f"{self.recipe.data.resolution} pixels"
+            notes.append(f"{small} of {len(self.pictures)} pictures are smaller than {least} and are enlarged")
         if self.recipe.adapter.kind == "embedding" and self.recipe.prior.kind != "none":
             notes.append("the prior changes nothing: no class caption holds a new word, and nothing else trains")
         if cut := self._cut:
@@ -177,8 +216,8 @@ class Batches:
         return {text: count for text, count in lost.items() if count}
 
     def _enlarged(self) -> int:
-        side = self.recipe.data.resolution
-        return sum(min(picture.facts.width, picture.facts.height) < side for picture in self.pictures)
+        crops = {entry.picture.id: entry.crop.width > entry.picture.facts.width for entry in reversed(self.entries)}
+        return sum(crops.values())  # at the first resolution
 
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the report, as plain numbers and strings."""
@@ -186,11 +225,11 @@ class Batches:
         stores += [("prompts", self.prompts)] if self.prompts else []
         return {
             "concepts": len(self.concepts),
-            "pictures": len(self._subjects),
+            "pictures": sum(len(concept.pictures) for concept in self.concepts),
             "draws_per_epoch": draws_per_epoch(self.recipe, self.concepts),
             "draws_per_step": self.share.per_step,
             "class_images": len(self.classes),
-            "masked": sum(picture.mask is not None for picture, _ in self._subjects),
+            "masked": sum(picture.mask is not None for picture in self.pictures),
             "captions": len(self.final_captions),
             "captions_cut": len(self._cut),
             **{f"{name}_{what}": number for name, store in stores for what, number in vars(store.counts).items()},
@@ -198,29 +237,9 @@ class Batches:
         }
 
 
-def order(recipe: Recipe, concepts: Sequence[Concept], classes: int) -> Order:
-    """The order that a recipe's prior asks for.
-
-    Args:
-        classes: number of class pictures.
-    """
-    items = _items(recipe, concepts)
-    if not isinstance(recipe.prior, ImagesPrior):
-        return Plain(items, recipe.seed)
-    kind = Pairwise if recipe.prior.layout == "pairwise" else Mixed
-    return kind(items, classes, recipe.seed)
-
-
-def draws_per_epoch(recipe: Recipe, concepts: Sequence[Concept]) -> int:
-    """Subject pictures of an epoch."""
-    return len(_items(recipe, concepts))
-
-
-def _items(recipe: Recipe, concepts: Sequence[Concept]) -> Items:
-    """The subjects' pictures: balanced, or each as often as its concept repeats."""
-    ends = list(itertools.accumulate(len(concept.pictures) for concept in concepts))
-    groups = [range(end - len(concept.pictures), end) for end, concept in zip(ends, concepts, strict=True)]
-    if recipe.data.balance:
-        return Balanced(groups, recipe.seed)
-    repeated = zip(groups, concepts, strict=True)
-    return Fixed([item for group, concept in repeated for item in list(group) * concept.config.repeats])
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors [1, C, h, w] as one [B, C, H, W]; zeros to the right of and below the smaller ones."""
+    if len({part.shape for part in parts}) == 1:
+        return torch.cat(list(parts))
+    high, wide = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
+    return torch.cat([F.pad(part, (0, wide - part.shape[-1], 0, high - part.shape[-2])) for part in parts])

@@ -47,7 +47,7 @@ def remove_stale(folder: Path) -> None:
                 leftover.unlink()
 
 
-def key(kind: str, **settings: str | int | bool) -> str:
+def key(kind: str, **settings: str | int | bool | list[int]) -> str:
     """The name of an entry: a hash over everything that decides its content."""
     text = json.dumps({"kind": kind, "version": VERSION, **settings}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

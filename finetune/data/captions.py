@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.config.wording import WordingConfig
 from finetune.data.decoding import read
+from finetune.data.wording import worded
 from finetune.errors import UserError, nearest
 from finetune.randomness import derive
 
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of ``metadata.jsonl``: the captions of one picture."""
+    """A line of a metadata file: the captions of one picture."""
 
     line: int
     captions: tuple[str, ...]
 
 
-def draw(captions: Sequence[str], seed: int, sample_id: str, number: int, dropout: float = 0.0) -> str:
+def draw(
+    captions: Sequence[str],
+    seed: int,
+    sample_id: str,
+    number: int,
+    dropout: float = 0.0,
+    wording: WordingConfig | None = None,
+    step: int = 0,
+) -> str:
     """The caption of one draw of a picture, a pure function of its arguments.
 
     Args:
@@ -32,10 +45,15 @@ def draw(captions: Sequence[str], seed: int, sample_id: str, number: int, dropou
         sample_id: the picture's.
         number: of the draw in the endless order.
         dropout: share of draws that see the empty caption.
+        wording: what is done to a caption that is not dropped.
+        step: the optimizer step of the draw.
     """
     if chance(seed, "caption dropout", sample_id, number) < dropout:
         return ""
-    return captions[derive(seed, "caption", sample_id, number) % len(captions)]
+    text = captions[derive(seed, "caption", sample_id, number) % len(captions)]
+    if wording is None:
+        return text
+    return worded(text, wording, lambda purpose: derive(seed, purpose, sample_id, number), step)
 
 
 def chance(seed: int, purpose: str, sample_id: str, number: int) -> float:
@@ -59,37 +77,85 @@ def read_sidecar(picture: Path) -> tuple[str, ...]:
     return ()
 
 
-def read_metadata(path: Path) -> tuple[dict[str, Row], list[str]]:
-    """The rows of a ``metadata.jsonl`` by file name, and what is wrong with its other lines.
+def from_name(picture: Path) -> tuple[str, ...]:
+    """The caption in a picture's name: ``01_zib-star.png`` is "zib-star"; none where nothing is left.
 
-    A line is ``{"file_name": "a.png", "text": "a photo of a dog"}``; a list of texts is a choice of captions.
+    As in A1111 the digits and hyphens that it begins with are left out, and then underscores count as spaces.
+    """
+    text = " ".join(re.sub(r"^[-\d]+\s*", "", picture.stem).replace("_", " ").split())
+    return (text,) if text else ()
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The file with a folder's captions, the first of ``METADATA`` that is there."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def read_metadata(path: Path) -> tuple[dict[str, Row], list[str]]:
+    """The rows of a metadata file by file name, and what is wrong with its other lines.
+
+    A line of ``metadata.jsonl`` is ``{"file_name": "a.png", "text": "a photo of a dog"}``; a list of texts is a choice
+    of captions. The columns of ``metadata.csv`` are named in its first line: ``file_name,text``; others may be there.
     """
     rows: dict[str, Row] = {}
     problems: list[str] = []
+    for number, record in (_csv_records if path.suffix == ".csv" else _json_records)(path):
+        try:
+            name, row = _row(record, number, f"{path}:{number}")
+            if name in rows:
+                raise UserError(f"{path}:{number}: {name} has a caption on line {rows[name].line} already")
+            rows[name] = row
+        except UserError as error:
+            problems.append(str(error))
+    return rows, problems
+
+
+def _json_records(path: Path) -> Iterator[tuple[int, object]]:
+    """The number of each line, and what it holds or why it cannot be read."""
     start = 0
     for number, line in enumerate(read(path).split(b"\n"), 1):
         try:
             if line.strip():
-                name, row = _row(_decode(line, f"{path}:{number}", start), number, f"{path}:{number}")
-                if name in rows:
-                    raise UserError(f"{path}:{number}: {name} has a caption on line {rows[name].line} already")
-                rows[name] = row
+                yield number, json.loads(_decode(line, f"{path}:{number}", start))
+        except json.JSONDecodeError as error:
+            yield number, UserError(f"{path}:{number}: is not JSON: {error.msg} at column {error.colno}")
         except UserError as error:
-            problems.append(str(error))
+            yield number, error
         start += len(line) + 1
-    return rows, problems
 
 
-def _row(line: str, number: int, where: str) -> tuple[str, Row]:
+def _csv_records(path: Path) -> Iterator[tuple[int, object]]:
+    """The number of the line that each record begins on, and what it holds or why it cannot be read."""
+    number = 1
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: expected {{"file_name": ..., "text": ...}}, found {line.strip()[:40]}')
+        rows = csv.reader(io.StringIO(_decode(read(path), str(path)), newline=""), strict=True)
+        names = next(rows, [])
+        _require(names, f"{path}:1: the line that names the columns")
+        number = rows.line_num + 1
+        for cells in rows:
+            if len(cells) == len(names):
+                yield number, dict(zip(names, cells, strict=True))
+            elif cells:
+                yield number, UserError(f"{path}:{number}: has {len(cells)} columns, the first line {len(names)}")
+            number = rows.line_num + 1
+    except csv.Error as error:
+        yield number, UserError(f"{path}:{number}: is not CSV: {error}")
+    except UserError as error:
+        yield number, error
+
+
+def _require(names: Iterable[str], where: str) -> None:
     for key in ("file_name", "text"):
-        if key not in record:
-            raise UserError(f"{where}: has no {key!r}{nearest(key, record)}")
+        if key not in names:
+            raise UserError(f"{where}: has no {key!r}{nearest(key, names)}")
+
+
+def _row(record: object, number: int, where: str) -> tuple[str, Row]:
+    if isinstance(record, UserError):
+        raise record
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: expected {{"file_name": ..., "text": ...}}, found {json.dumps(record)[:40]}')
+    _require(record, where)
     name, text = record["file_name"], record["text"]
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{where}: file_name must be a path inside the folder, found {name!r}")

@@ -11,6 +11,7 @@ from finetune.batch import Conditioning, Posterior
 from finetune.config.schema import DataConfig
 from finetune.data import images
 from finetune.data.cache import Counts, Store, Tensors, key
+from finetune.data.framing import Crop
 from finetune.data.processes import Processes
 from finetune.data.sources import Picture
 from finetune.errors import GuardError
@@ -22,11 +23,11 @@ class Latents:
 
     Args:
         family: encodes.
-        data: resolution, and whether and where posteriors are kept.
+        data: whether and where posteriors are kept.
     """
 
     def __init__(self, family: ModelFamily, data: DataConfig) -> None:
-        self.family, self.side = family, data.resolution
+        self.family = family
         self.store = Store(Path(data.cache.folder) / "latents" if data.cache.latents else None)
         self._encoder = family.fingerprint("vae")
 
@@ -35,27 +36,29 @@ class Latents:
         """What was read and what was made."""
         return self.store.counts
 
-    def get(self, picture: Picture, flipped: bool = False) -> Posterior:
-        """The posterior of a picture's square, mirrored or not; [1, C, h, w]."""
-        return Posterior(**self.store.get(self.key(picture, flipped), lambda: self._encode(picture, flipped)))
+    def get(self, picture: Picture, crop: Crop, flipped: bool = False) -> Posterior:
+        """The posterior of what is cut from a picture, mirrored or not; [1, C, h, w]."""
+        made = self.store.get(self.key(picture, crop, flipped), lambda: self._encode(picture, crop, flipped))
+        return Posterior(**made)
 
-    def key(self, picture: Picture, flipped: bool = False) -> str:
+    def key(self, picture: Picture, crop: Crop, flipped: bool = False) -> str:
         """The name of a picture's entry in the store."""
         return key(
-            "posterior of the central square",
+            "posterior",
             family=self.family.name,
             encoder=self._encoder,
             picture=picture.facts.sha256,
-            side=self.side,
+            crop=list(crop[:4]),
+            target=list(crop.target),
             flipped=flipped,
             preprocessing=images.VERSION,
         )
 
     @torch.no_grad()
-    def _encode(self, picture: Picture, flipped: bool) -> Tensors:
+    def _encode(self, picture: Picture, crop: Crop, flipped: bool) -> Tensors:
         self.family.require("vae")
-        square = images.pixels(picture, self.side)[None]
-        posterior = self.family.encode_image(square.flip(-1) if flipped else square)
+        pixels = images.pixels(picture, crop)[None]
+        posterior = self.family.encode_image(pixels.flip(-1) if flipped else pixels)
         if not posterior.mean.isfinite().all() or posterior.logvar.isnan().any():
             raise GuardError(f"{picture.path}: the image encoder gives numbers that are not finite for this picture")
         return {"mean": posterior.mean.float().cpu(), "logvar": posterior.logvar.float().cpu()}

@@ -76,8 +76,8 @@ def encode(batches: Batches, recipe: Recipe, family: ModelFamily, processes: Pro
         family.release(*texts)
     if cache.latents:
         both = (False, True) if recipe.data.flip else (False,)
-        pictures = batches.pictures
-        shared([partial(batches.latents.get, picture, flip) for picture in pictures for flip in both], processes)
+        cut = dict.fromkeys((entry.picture, entry.crop) for entry in batches.entries)
+        shared([partial(batches.latents.get, *one, flip) for one in cut for flip in both], processes)
         family.release("vae")
     family.require("denoiser", *(texts if trains or not cache.text else ()), *(() if cache.latents else ("vae",)))
 
@@ -96,10 +96,13 @@ def check_words(batches: Batches) -> None:
 
 def check_resolution(recipe: Recipe, family: ModelFamily) -> None:
     """Refuse a resolution that does not divide into the denoiser's cells."""
-    side, multiple = recipe.data.resolution, family.pixel_multiple
-    if side % multiple:
+    data, multiple = recipe.data, family.pixel_multiple
+    # class images and previews are squares, and all sides of buckets are multiples of their step
+    others = {"buckets.step": [data.buckets.step]} if data.buckets else {"more_resolutions": data.more_resolutions}
+    sides = {"resolution": [data.resolution], **others}
+    for name, side in ((name, side) for name, found in sides.items() for side in found if side % multiple):
         below = side // multiple * multiple
         choices = " or ".join(str(number) for number in (below, below + multiple) if number)
         raise UserError(
-            f"data.resolution is {side}; {family.name} at {family.source} needs a multiple of {multiple}: {choices}"
+            f"data.{name} is {side}; {family.name} at {family.source} needs a multiple of {multiple}: {choices}"
         )

@@ -3,16 +3,21 @@
 The order is endless and of one piece: draw ``n`` is place ``n % N`` of epoch ``n // N``, and the batch of optimizer
 step ``k`` is the draws from ``k G`` to ``(k + 1) G``. A batch may begin in one epoch and end in the next, so nothing is
 dropped, and any step can be begun at. Processes share out the draws of a step, so their number changes nothing.
+
+Where pictures differ in size, those of one size stand together in an epoch (``Grouped``), as many as a step has: what
+can be computed together is, and nothing else about the order changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from finetune.randomness import permutation
+
+CLASS_ORDER, MIXED_ORDER = "class order", "mixed order"  # purposes
 
 
 class Drawn(NamedTuple):
@@ -54,6 +59,55 @@ class Shuffled:
 @lru_cache(maxsize=64)
 def _epoch(length: int, seed: int, purpose: str, epoch: int) -> Sequence[int]:
     return permutation(length, seed, purpose, epoch)
+
+
+class Places(Protocol):
+    """Every place once per epoch, in some order."""
+
+    def __getitem__(self, number: int) -> int:
+        """The place of draw ``number``."""
+        ...
+
+
+class Grouped:
+    """As ``Shuffled``, but places of one size stand together, ``unit`` at a time.
+
+    What is left of each size, less than ``unit``, stands at the ends of the epoch: first as many as complete the unit
+    that the epoch before has begun, so that whole units are never cut in two by the end of a step.
+
+    Args:
+        length: N, places per epoch.
+        unit: G, draws per optimizer step.
+        size: of the picture at a place of an epoch.
+        seed: the run's.
+        purpose: keeps apart several orders of one run.
+    """
+
+    def __init__(
+        self, length: int, unit: int, size: Callable[[int, int], tuple[int, int]], seed: int, purpose: str = "order"
+    ) -> None:
+        self.length, self.unit, self.size, self.seed, self.purpose = length, unit, size, seed, purpose
+        self._arranged = lru_cache(maxsize=4)(self._arrange)
+
+    def __getitem__(self, number: int) -> int:
+        """The place of draw ``number``."""
+        epoch, position = divmod(number, self.length)
+        return self._arranged(epoch)[position]
+
+    def _arrange(self, epoch: int) -> Sequence[int]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place in permutation(self.length, self.seed, self.purpose, epoch):
+            groups.setdefault(self.size(epoch, place), []).append(place)
+        units, rest = [], []
+        for places in groups.values():
+            whole = len(places) // self.unit * self.unit
+            units += [places[start : start + self.unit] for start in range(0, whole, self.unit)]
+            rest += places[whole:]
+        first = -epoch * self.length % self.unit
+        while len(rest) < first and units:
+            rest += units.pop()
+        turns = permutation(len(units), self.seed, f"{self.purpose} of units", epoch)
+        return [*rest[:first], *(place for turn in turns for place in units[turn]), *rest[first:]]
 
 
 class Items(Protocol):
@@ -115,30 +169,41 @@ class Balanced:
 
 @dataclass(frozen=True)
 class Plain:
-    """Subjects alone."""
+    """Subjects alone.
+
+    Args:
+        places: the order of an epoch's places; any, where none is given.
+    """
 
     items: Items
     seed: int
+    places: Places | None = None
 
     def at(self, number: int) -> Sequence[Drawn]:
         """One picture of a subject."""
         length = len(self.items)
-        place = Shuffled(length, self.seed)[number]
+        place = (self.places or Shuffled(length, self.seed))[number]
         return [Drawn(number, self.items.of(number // length, place), prior=False)]
 
 
 @dataclass(frozen=True)
 class Pairwise:
-    """With every picture of a subject one of the class, from an order of its own of ``classes`` pictures."""
+    """With every picture of a subject one of the class, from an order of its own of ``classes`` pictures.
+
+    Args:
+        places, class_places: the orders of both; any, where none is given.
+    """
 
     items: Items
     classes: int
     seed: int
+    places: Places | None = None
+    class_places: Places | None = None
 
     def at(self, number: int) -> Sequence[Drawn]:
         """A picture of a subject and one of the class."""
-        shown = Shuffled(self.classes, self.seed, "class order")[number]
-        return [*Plain(self.items, self.seed).at(number), Drawn(number, shown, prior=True)]
+        shown = (self.class_places or Shuffled(self.classes, self.seed, CLASS_ORDER))[number]
+        return [*Plain(self.items, self.seed, self.places).at(number), Drawn(number, shown, prior=True)]
 
 
 @dataclass(frozen=True)
@@ -147,21 +212,29 @@ class Mixed:
 
     An epoch takes the next ``len(items)`` pictures from an endless order of the class, so that all of them have their
     turn however few the subjects' are.
+
+    Args:
+        places: the order of an epoch's ``2 len(items)`` places; any, where none is given.
     """
 
     items: Items
     classes: int
     seed: int
+    places: Places | None = None
 
     def at(self, number: int) -> Sequence[Drawn]:
         """A picture of a subject or one of the class."""
+        length = 2 * len(self.items)
+        place = (self.places or Shuffled(length, self.seed, MIXED_ORDER))[number]
+        return [self.placed(number, number // length, place)]
+
+    def placed(self, number: int, epoch: int, place: int) -> Drawn:
+        """What stands at a place of an epoch: subjects in the first half."""
         half = len(self.items)
-        epoch = number // (2 * half)
-        place = Shuffled(2 * half, self.seed, "mixed order")[number]
         if place < half:
-            return [Drawn(number, self.items.of(epoch, place), prior=False)]
+            return Drawn(number, self.items.of(epoch, place), prior=False)
         turn = epoch * half + place - half
-        return [Drawn(number, Shuffled(self.classes, self.seed, "class order")[turn], prior=True)]
+        return Drawn(number, Shuffled(self.classes, self.seed, CLASS_ORDER)[turn], prior=True)
 
 
 @dataclass(frozen=True)

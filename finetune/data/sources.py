@@ -12,9 +12,11 @@ from pathlib import Path
 
 from finetune.config.adapters import EmbeddingConfig
 from finetune.config.schema import ConceptConfig, DataConfig
+from finetune.config.wording import WordingConfig
 from finetune.data import captions, decoding, embedded
 from finetune.data.decoding import Facts
 from finetune.data.templates import Wording
+from finetune.data.wording import everything
 from finetune.errors import UserError, nearest
 
 ALPHA = "alpha"
@@ -84,10 +86,11 @@ def scan(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | N
         where = f"data.concepts[{index}]"
         try:
             resolved = resolve(config, Path(data.cache.folder))
-            concepts.append(_scan(resolved, index, where, problems, captioned, wording))
+            concepts.append(_scan(resolved, index, where, problems, captioned, wording, data.wording))
         except UserError as error:
             problems.append(str(error))
-    texts = [text for concept in concepts for picture in concept.pictures for text in picture.captions]
+    own = [text for concept in concepts for picture in concept.pictures for text in picture.captions]
+    texts = [everything(text, data.wording) for text in own]
     if words and not problems:
         problems += [_unused(word, texts) for word in words.words if not any(word in text for text in texts)]
     refuse(problems)
@@ -142,19 +145,26 @@ def _unused(word: str, texts: Sequence[str]) -> str:
 
 
 def _scan(
-    config: ConceptConfig, index: int, where: str, problems: list[str], captioned: bool, wording: Wording | None
+    config: ConceptConfig,
+    index: int,
+    where: str,
+    problems: list[str],
+    captioned: bool,
+    wording: Wording | None,
+    reworded: WordingConfig | None,
 ) -> Concept:
     folder = Path(config.folder)
     files, others = picture_files(folder, f"{where}.folder")
-    rows = _metadata(folder, config, where, problems)
+    if config.captions == "folder" and config.folder_name is None:
+        raise UserError(f"{where}.captions: is 'folder', but {folder} is not called like '10_zib star'")
+    metadata, rows = _metadata(folder, config, where, problems)
     files = sorted({*files, *(folder / name for name in rows if (folder / name).is_file())})
     if not files:
         raise UserError(f"{where}.folder: {folder} holds no pictures ({', '.join(sorted(decoding.SUFFIXES))})")
     missing = [name for name in rows if not (folder / name).is_file()]
     names = [path.relative_to(folder).as_posix() for path in files]
     for name in missing:
-        line = f"{folder / captions.METADATA}:{rows[name].line}"
-        problems.append(f"{line}: there is no {name} in the folder{nearest(name, names[:20])}")
+        problems.append(f"{metadata}:{rows[name].line}: there is no {name} in the folder{nearest(name, names[:20])}")
     pictures = []
     for path, name in zip(files, names, strict=True):
         try:
@@ -165,20 +175,22 @@ def _scan(
             pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight))
         except UserError as error:
             problems.append(str(error))
-    return Concept(config, tuple(pictures), tuple(_notes(config, pictures, others)))
+    ignored = [path for path in others if path != metadata]
+    return Concept(config, tuple(pictures), tuple(_notes(config, pictures, ignored, reworded)))
 
 
-def _metadata(folder: Path, config: ConceptConfig, where: str, problems: list[str]) -> dict[str, captions.Row]:
-    if config.captions not in ("auto", "metadata"):
-        return {}
-    path = folder / captions.METADATA
-    if not path.is_file():
-        if config.captions == "metadata":
-            raise UserError(f"{where}.captions: there is no {path}")
-        return {}
+def _metadata(
+    folder: Path, config: ConceptConfig, where: str, problems: list[str]
+) -> tuple[Path | None, dict[str, captions.Row]]:
+    """The file that a concept's captions are read from, where there is one, and its rows."""
+    path = captions.metadata_file(folder)
+    if config.captions == "metadata" and path is None:
+        raise UserError(f"{where}.captions: there is no {' or '.join(captions.METADATA)} in {folder}")
+    if config.captions not in ("auto", "metadata") or path is None:
+        return path, {}
     rows, wrong = captions.read_metadata(path)
     problems.extend(wrong)
-    return rows
+    return path, rows
 
 
 def _captions(path: Path, row: captions.Row | None, config: ConceptConfig, captioned: bool) -> tuple[str, ...]:
@@ -187,12 +199,17 @@ def _captions(path: Path, row: captions.Row | None, config: ConceptConfig, capti
         texts = row.captions
     if not texts and config.captions in ("auto", "sidecar"):
         texts = captions.read_sidecar(path)
+    if config.captions == "filename":
+        texts = captions.from_name(path)
+    if config.captions == "folder" and config.folder_name:
+        texts = (config.folder_name.caption,)
     if not texts and config.prompt is not None:
         texts = (config.prompt,)
     if not texts and not captioned:
         return ("",)
     if not texts:
-        raise UserError(f"{path}: has no caption: write {path.stem}.txt beside it, or set prompt for those without")
+        mend = "give it a name with words" if config.captions == "filename" else f"write {path.stem}.txt beside it"
+        raise UserError(f"{path}: has no caption: {mend}, or set prompt for those without")
     return texts
 
 
@@ -229,11 +246,13 @@ def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _notes(config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[Path]) -> list[str]:
+def _notes(
+    config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[Path], reworded: WordingConfig | None
+) -> list[str]:
     """What a person should know, one line each."""
     notes = []
     stems = {picture.path.stem for picture in pictures}
-    known = {captions.METADATA, Path(config.masks or "").name}
+    known = {Path(config.masks or "").name}
     ignored = [
         path.name
         for path in others
@@ -243,7 +262,9 @@ def _notes(config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[
         notes.append(f"{config.folder}: {_count(len(ignored), 'entry', 'entries')} ignored: {_some(ignored)}")
     if config.trigger:
         word = re.compile(rf"(?<!\w){re.escape(config.trigger)}(?!\w)", re.IGNORECASE)
-        without = [p.path.name for p in pictures if not all(word.search(text) for text in p.captions)]
+        without = [
+            p.path.name for p in pictures if not all(word.search(everything(text, reworded)) for text in p.captions)
+        ]
         if without:
             held = _count(len(without), "caption lacks", "captions lack")
             notes.append(f"{config.folder}: {held} the trigger {config.trigger!r}: {_some(without)}")

@@ -23,18 +23,21 @@ from finetune.config.adapters import (
 from finetune.config.schema import ImagesPrior, ModelPrior
 from finetune.config.summary import summary
 from finetune.data import sources
-from finetune.data.batches import Batches, draws_per_epoch
+from finetune.data.batches import Batches
 from finetune.data.encode import Latents, Prompts
+from finetune.data.entries import draws_per_epoch
+from finetune.data.framing import Crop, Size
 from finetune.data.preparation import check_resolution
 from finetune.data.prior import ClassImages as Drawing
 from finetune.data.prior import class_prompts
+from finetune.data.processes import Alone
 from finetune.errors import UserError
 from finetune.export.kinds import aesthetic, embedding, full, hypernetwork, lora, lycoris, pivotal
 from finetune.export.read import MODEL
 from finetune.families import load_family, model_folder
 from finetune.families.tokens import check_trigger
 from finetune.family import ModelFamily
-from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
+from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan, Shape
 from finetune.plan.memory import adaptation, estimate
 from finetune.plan.skeleton import fill, parameters
 from finetune.train.checkpoint import newest
@@ -63,7 +66,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     }
     latents = Latents(family, recipe.data)
     prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
-    batches = Batches(recipe, family, found, [], latents, prompts)
+    batches = Batches(recipe, family, found, [], latents, prompts, Alone(world=processes))
     class_images = tuple(_class_images(recipe, family, found))
     return Plan(
         summary=summary(recipe),
@@ -72,6 +75,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         networks=networks,
         trainable=trainable,
         concepts=tuple(map(_concept, found)),
+        shapes=tuple(_shapes(batches)),
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches, class_images)),
@@ -91,6 +95,7 @@ def _untrained(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Conc
         networks=networks,
         trainable={},
         concepts=tuple(map(_concept, found)),
+        shapes=(),
         arithmetic=None,
         class_images=(),
         caches=(),
@@ -117,6 +122,15 @@ def _concept(found: sources.Concept) -> Concept:
         trigger=config.trigger,
         class_prompt=config.class_prompt,
     )
+
+
+def _shapes(batches: Batches) -> Iterator[Shape]:
+    by_size: dict[Size, list[Crop]] = {}
+    for entry in batches.entries:
+        by_size.setdefault(entry.crop.target, []).append(entry.crop)
+    for size, crops in sorted(by_size.items()):
+        lost = sum(1 - size.area / (crop.width * crop.height) for crop in crops) / len(crops)
+        yield Shape(width=size.width, height=size.height, pictures=len(crops), cut_away=lost)
 
 
 def _arithmetic(recipe: Recipe, found: Sequence[sources.Concept], processes: int) -> Arithmetic:
@@ -152,19 +166,22 @@ def _class_images(recipe: Recipe, family: ModelFamily, found: Sequence[sources.C
 def _caches(
     recipe: Recipe, family: ModelFamily, batches: Batches, class_images: Sequence[ClassImages]
 ) -> Iterator[Cache]:
-    cache, side = recipe.data.cache, recipe.data.resolution // family.latent_scale
+    cache, prior = recipe.data.cache, recipe.data.resolution**2
     flips = (False, True) if recipe.data.flip else (False,)
     if cache.latents:
         store = batches.latents.store
-        keys = {batches.latents.key(picture, flip) for picture in batches.pictures for flip in flips}
         vae: Any = family.networks["vae"]
-        entries = len(keys) + len(flips) * sum(images.needed for images in class_images)
+        missing = len(flips) * sum(images.needed for images in class_images)
+        key = batches.latents.key
+        areas = {key(one.picture, one.crop, flip): one.crop.target.area for one in batches.entries for flip in flips}
         yield Cache(
             kind="pictures",
             folder=str(store.folder),
-            entries=entries,
-            present=sum(store.path(key).is_file() for key in keys),
-            bytes=entries * 2 * vae.config.latent_channels * side * side * FLOAT,  # mean and logvar
+            entries=len(areas) + missing,
+            present=sum(store.path(key).is_file() for key in areas),
+            bytes=(sum(areas.values()) + missing * prior)
+            // family.latent_scale**2
+            * (2 * vae.config.latent_channels * FLOAT),  # mean and logvar
         )
     if cache.text and batches.prompts is not None:
         captions = {*batches.final_captions, *(images.prompt for images in class_images)}

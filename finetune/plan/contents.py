@@ -31,6 +31,20 @@ class Concept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Pictures that are cut to one size in pixels, at all resolutions.
+
+    Attributes:
+        cut_away: mean share of a picture's area that is lost.
+    """
+
+    width: int
+    height: int
+    pictures: int
+    cut_away: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arithmetic:
     """How far the steps go.
 
@@ -106,6 +120,7 @@ class Plan:
         summary: the recipe in a line.
         networks: of the base model -> parameters.
         trainable: parameter group -> parameters; none where nothing is trained.
+        shapes: in which pictures of concepts are cut, narrow ones first; none where pictures are not cut.
         arithmetic: None where no steps are taken.
         notes: what a person should know.
     """
@@ -116,6 +131,7 @@ class Plan:
     networks: dict[str, int]
     trainable: dict[str, int]
     concepts: tuple[Concept, ...]
+    shapes: tuple[Shape, ...]
     arithmetic: Arithmetic | None
     class_images: tuple[ClassImages, ...]
     caches: tuple[Cache, ...]

@@ -55,7 +55,8 @@ def estimate(
     pairwise = isinstance(prior, ImagesPrior) and prior.layout == "pairwise"
     passes = 2 if pairwise or isinstance(prior, ModelPrior) else 1
     batch = train.batch_size * passes
-    kept = activations(family, recipe.data.resolution, batch, train.gradient_checkpointing)
+    side = max(recipe.data.resolution, *recipe.data.more_resolutions, 0)
+    kept = activations(family, side, batch, train.gradient_checkpointing)
     if train.mixed_precision != "no":
         kept //= 2
     whole = isinstance(adapter.weights if isinstance(adapter, PivotalConfig) else adapter, FullConfig)

@@ -34,6 +34,14 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     ]
     yield "trains", trained or ["nothing"]
     yield "pictures", [line for concept in plan.concepts for line in _concept(concept)]
+    if len(plan.shapes) > 1:
+        yield (
+            "shapes",
+            [
+                f"{shape.width} x {shape.height}: {shape.pictures}, {100 * shape.cut_away:.0f} % cut away"
+                for shape in plan.shapes
+            ],
+        )
     if plan.arithmetic:
         yield "steps", list(_steps(plan.arithmetic))
     if plan.class_images:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from finetune.data import images
 from finetune.data.decoding import inspect
+from finetune.data.framing import Crop, Size, cover
 from finetune.data.sources import Picture
 from finetune.errors import UserError
 
@@ -18,6 +19,10 @@ from finetune.errors import UserError
 def picture(image: Image.Image, path: Path, mask: Path | str | None = None) -> Picture:
     image.save(path)
     return Picture("0/a", path, ("a",), inspect(path), mask)
+
+
+def square(one: Picture, side: int) -> Crop:
+    return cover(one.facts.width, one.facts.height, Size(side, side))
 
 
 @pytest.mark.parametrize(
@@ -34,27 +39,40 @@ def test_geometry_as_computed_by_hand(
     width: int, height: int, side: int, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
     one = picture(Image.new("RGB", (width, height)), tmp_path / "a.png")
-    assert tuple(images.geometry(one, side).tolist()) == expected
+    assert tuple(images.geometry(one, square(one, side)).tolist()) == expected
 
 
 def test_the_mirrored_geometry_counts_from_the_other_side(tmp_path: Path) -> None:
     one = picture(Image.new("RGB", (640, 480)), tmp_path / "a.png")
-    assert images.geometry(one, 512, flipped=True).tolist() == [480, 640, 0, 86, 512, 512]
+    assert images.geometry(one, square(one, 512), flipped=True).tolist() == [480, 640, 0, 86, 512, 512]
 
 
 def test_pixels_are_the_central_square_from_minus_one_to_one(tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (10, 0, 30, 20))
-    assert torch.equal(images.pixels(picture(image, tmp_path / "a.png"), 20), torch.ones(3, 20, 20))
-    assert torch.equal(images.pixels(picture(Image.new("RGB", (9, 9)), tmp_path / "b.png"), 16), -torch.ones(3, 16, 16))
+    wide, small = picture(image, tmp_path / "a.png"), picture(Image.new("RGB", (9, 9)), tmp_path / "b.png")
+    assert torch.equal(images.pixels(wide, square(wide, 20)), torch.ones(3, 20, 20))
+    assert torch.equal(images.pixels(small, square(small, 16)), -torch.ones(3, 16, 16))
 
 
 def test_channels_rows_and_columns_keep_their_places(gradient: Image.Image, tmp_path: Path) -> None:
-    square = images.pixels(picture(gradient, tmp_path / "a.png"), 20)
-    assert square.shape == (3, 20, 20)
-    assert (square[0].diff(dim=1) > 0).all()  # red grows to the right
-    assert (square[1].diff(dim=0) > 0).all()  # green grows downwards
-    assert (square[2] == -1).all()
+    one = picture(gradient, tmp_path / "a.png")
+    found = images.pixels(one, square(one, 20))
+    assert found.shape == (3, 20, 20)
+    assert (found[0].diff(dim=1) > 0).all()  # red grows to the right
+    assert (found[1].diff(dim=0) > 0).all()  # green grows downwards
+    assert (found[2] == -1).all()
+
+
+def test_a_bucket_keeps_what_the_square_cuts_away(gradient: Image.Image, tmp_path: Path) -> None:
+    """Rows and columns of the crop are those of the picture: width and height are not exchanged anywhere."""
+    one = picture(gradient.resize((60, 40)), tmp_path / "a.png")
+    found = images.pixels(one, cover(60, 40, Size(24, 16)))
+    assert found.shape == (3, 16, 24)
+    whole = images.pixels(one, cover(60, 40, Size(60, 40)))
+    assert found[0, 0, 0] - whole[0, 0, 0] < 0.05 and whole[0, 0, -1] - found[0, 0, -1] < 0.05
+    assert (found[0].diff(dim=1) > 0).all() and (found[1].diff(dim=0) > 0).all()
+    assert images.geometry(one, cover(60, 40, Size(24, 16))).tolist() == [40, 60, 0, 0, 16, 24]
 
 
 def test_a_mask_is_cropped_like_its_picture_and_averaged_per_cell(tmp_path: Path) -> None:
@@ -62,17 +80,18 @@ def test_a_mask_is_cropped_like_its_picture_and_averaged_per_cell(tmp_path: Path
     mask.paste(255, (10, 0, 15, 20))  # a quarter of the central square, from its left edge
     one = picture(mask.convert("RGB"), tmp_path / "a.png", mask=tmp_path / "mask.png")
     mask.save(tmp_path / "mask.png")
-    found = images.mask(one, side=20, scale=2)
+    found = images.mask(one, square(one, 20), scale=2)
     assert found.shape == (1, 10, 10)
     assert torch.equal(found[0, 0], torch.tensor([1, 1, 0.5, 0, 0, 0, 0, 0, 0, 0]))
     assert torch.equal(found, found[:, :1].expand_as(found))
-    assert torch.equal(images.mask(replace(one, mask=None), 20, 2), torch.ones(1, 10, 10))
+    assert torch.equal(images.mask(replace(one, mask=None), square(one, 20), 2), torch.ones(1, 10, 10))
 
 
 def test_a_mask_from_transparency(tmp_path: Path) -> None:
     image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     image.paste((9, 9, 9, 255), (0, 0, 16, 8))
-    found = images.mask(picture(image, tmp_path / "a.png", mask="alpha"), 16, 2)
+    one = picture(image, tmp_path / "a.png", mask="alpha")
+    found = images.mask(one, square(one, 16), 2)
     assert torch.equal(found[0, :, 0], torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
 
 
@@ -81,12 +100,12 @@ def test_a_mask_that_the_crop_cuts_away_is_an_error(tmp_path: Path) -> None:
     mask.paste(255, (0, 0, 5, 20))
     mask.save(tmp_path / "mask.png")
     one = picture(Image.new("RGB", (40, 20)), tmp_path / "a.png", mask=tmp_path / "mask.png")
-    with pytest.raises(UserError, match=r"mask.png: nothing of the mask is left in the central square"):
-        images.mask(one, 20, 2)
+    with pytest.raises(UserError, match=r"mask.png: nothing of the mask is left in what is cut"):
+        images.mask(one, square(one, 20), 2)
 
 
 def test_a_picture_that_changes_under_a_run_is_an_error(tmp_path: Path) -> None:
     one = picture(Image.new("RGB", (16, 16)), tmp_path / "a.png")
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     with pytest.raises(UserError, match="has changed since this run began"):
-        images.pixels(one, 16)
+        images.pixels(one, square(one, 16))

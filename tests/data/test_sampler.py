@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from finetune.data.sampler import Balanced, Fixed, Mixed, Pairwise, Plain, Share, Shuffled
+from finetune.data.sampler import Balanced, Fixed, Grouped, Mixed, Pairwise, Plain, Share, Shuffled
 
 
 def test_every_place_once_per_epoch_and_epochs_differ() -> None:
@@ -92,3 +92,41 @@ def test_balanced_holds_beside_class_pictures(kind: type[Pairwise] | type[Mixed]
         drawn = [one for place in range(draws) for one in order.at(draws * epoch + place)]
         assert Counter(one.item for one in drawn if not one.prior) == {0: 4, 1: 1, 2: 1, 3: 1, 4: 1}
         assert sum(one.prior for one in drawn) == 8
+
+
+SIZES = [(1, 1)] * 9 + [(2, 1)] * 6 + [(1, 2)] * 2  # of 17 places
+
+
+def grouped(unit: int, seed: int = 3) -> Grouped:
+    return Grouped(len(SIZES), unit, lambda _, place: SIZES[place], seed)
+
+
+@pytest.mark.parametrize("unit", [1, 2, 4, 5, 16, 40])
+def test_grouped_has_every_place_once_per_epoch(unit: int) -> None:
+    order = grouped(unit)
+    epochs = [[order[17 * epoch + place] for place in range(17)] for epoch in range(30)]
+    assert all(sorted(epoch) == list(range(17)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 30
+    assert [grouped(unit)[number] for number in (400, 3, 77)] == [order[400], order[3], order[77]]
+
+
+@pytest.mark.parametrize("unit", [2, 4, 5])
+def test_most_steps_of_a_grouped_order_have_one_size(unit: int) -> None:
+    """At most one step more per size and epoch has several, however epochs and steps overlap."""
+    order = grouped(unit)
+    epochs = 20
+    steps = [{SIZES[order[unit * step + i]] for i in range(unit)} for step in range(17 * epochs // unit)]
+    mixed = sum(len(sizes) > 1 for sizes in steps)
+    assert mixed <= epochs * 3
+    shuffled = Shuffled(17, 3)
+    apart = [{SIZES[shuffled[unit * step + i]] for i in range(unit)} for step in range(17 * epochs // unit)]
+    assert mixed < sum(len(sizes) > 1 for sizes in apart) / 1.5
+
+
+def test_mixed_keeps_its_shares_when_grouped() -> None:
+    items = Fixed([0, 1, 2])
+    plain = Mixed(items, classes=5, seed=0)
+    order = Mixed(items, 5, 0, Grouped(6, 4, lambda epoch, place: (int(plain.placed(0, epoch, place).prior), 0), 0))
+    drawn = [order.at(number)[0] for number in range(60)]
+    assert Counter(one.item for one in drawn if one.prior) == dict.fromkeys(range(5), 6)
+    assert all(sum(one.prior for one in drawn[6 * epoch : 6 * epoch + 6]) == 3 for epoch in range(10))

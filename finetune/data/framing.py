@@ -1,0 +1,137 @@
+"""Where pictures are cut: all to one square, or each to the nearest of several shapes ("buckets"). No torch.
+
+Bucket lists are those of kohya's trainers, so that a set of pictures falls into the same shapes here and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log, sqrt
+from typing import NamedTuple
+
+from finetune.config.schema import DataConfig
+
+
+class Size(NamedTuple):
+    """In pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def area(self) -> int:
+        """Pixels of it."""
+        return self.width * self.height
+
+    def __str__(self) -> str:
+        return f"{self.width} x {self.height}"
+
+
+class Crop(NamedTuple):
+    """A picture scaled to ``width`` x ``height``, of which ``target`` is cut ``left`` and ``top`` pixels in."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+    target: Size
+
+
+def cover(width: int, height: int, target: Size) -> Crop:
+    """Scale a picture until it covers ``target``, round to the nearest pixel and cut the rest evenly.
+
+    An odd pixel is cut at the right and at the bottom.
+    """
+    scale = max(target.width / width, target.height / height)
+    wide, high = max(target.width, int(width * scale + 0.5)), max(target.height, int(height * scale + 0.5))
+    return Crop(wide, high, (wide - target.width) // 2, (high - target.height) // 2, target)
+
+
+def bucket_sizes(resolution: int, step: int, smallest: int, largest: int) -> tuple[Size, ...]:
+    """The shapes whose sides are multiples of ``step`` and whose area is ``resolution ** 2`` at most, sorted.
+
+    For each width from ``smallest`` to ``largest`` the highest that fits, each also lying on its side, and the square.
+    """
+    area, side = resolution * resolution, resolution // step * step
+    found = {Size(side, side)}
+    for width in range(smallest, largest + 1, step):
+        height = min(largest, area // width // step * step)
+        if height >= smallest:
+            found |= {Size(width, height), Size(height, width)}
+    return tuple(sorted(found))
+
+
+def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
+    """The one of ``sizes`` that is a picture's own, or else nearest in the logarithm of the ratio of its sides.
+
+    Between equally near ones the larger is taken.
+    """
+    if (own := Size(width, height)) in sizes:
+        return own
+    ratio = log(width / height)
+    return min(sizes, key=lambda size: (round(abs(log(size.width / size.height) - ratio), 9), -size.area))
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How the pictures of a run are cut.
+
+    Args:
+        resolution: side of the square, or the root of the largest area.
+        step: sides are multiples of it; None for squares alone.
+        sizes: the buckets; one for squares.
+        upscale: whether small pictures may be enlarged to fill a bucket.
+    """
+
+    resolution: int
+    step: int | None
+    sizes: tuple[Size, ...]
+    upscale: bool = True
+
+    @staticmethod
+    def of(data: DataConfig, resolution: int | None = None) -> Framing:
+        """What a recipe says, for one of its resolutions; the first where none is given."""
+        side = resolution or data.resolution
+        if data.buckets is None:
+            return Framing(side, None, (Size(side, side),))
+        step, smallest, largest = data.buckets.step, *data.buckets.limits(side)
+        return Framing(side, step, bucket_sizes(side, step, smallest, largest), data.buckets.upscale)
+
+    def crop(self, width: int, height: int) -> Crop:
+        """Where a picture of this size is cut."""
+        return _crop(self, width, height)
+
+
+@lru_cache(maxsize=65536)
+def _crop(framing: Framing, width: int, height: int) -> Crop:
+    if framing.step is None or framing.upscale:
+        return cover(width, height, nearest_size(width, height, framing.sizes))
+    return _without_enlarging(width, height, framing.resolution**2, framing.step)
+
+
+def _without_enlarging(width: int, height: int, area: int, step: int) -> Crop:
+    """A picture as large as it is, or shrunk to ``area``; cut to multiples of ``step`` at its right and lower edges.
+
+    Only one that is narrower than ``step`` is enlarged, to that.
+    """
+    wide, high = width, height
+    if width * height > area:
+        wide, high = _shrunk(width / height, area, step)
+    target = Size(max(step, wide // step * step), max(step, high // step * step))
+    if wide >= target.width and high >= target.height:
+        return Crop(wide, high, (wide - target.width) // 2, (high - target.height) // 2, target)
+    return cover(width, height, target)
+
+
+def _shrunk(ratio: float, area: int, step: int) -> tuple[int, int]:
+    """Not more than ``area``, with one side a multiple of ``step``: the one whose cut shape is nearer to ``ratio``."""
+    width = max(step, int(sqrt(area * ratio)) // step * step)
+    height = max(step, int(sqrt(area / ratio)) // step * step)
+
+    def error(size: tuple[int, int]) -> float:
+        wide, high = (max(1, side // step) for side in size)
+        return abs(log(wide / high / ratio))
+
+    return min((width, int(width / ratio)), (int(height * ratio), height), key=error)
