@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import finetune
+from finetune import cli_data as data
 from finetune import cli_tinyworld as tinyworld
 from finetune.config.command import exit_codes
 
@@ -236,4 +237,7 @@ def models() -> None:
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
+app.add_typer(
+    data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."
+)
 app.add_typer(tinyworld.app, name="tinyworld", help="The embedded world: fresh subjects, styles, captions, its model.")

@@ -81,8 +81,8 @@ class Batches:
     def _assemble(self, drawn: Sequence[Drawn]) -> Batch:
         entries = [self.entry(one) for one in drawn]
         pictures = [entry.picture for entry in entries]
-        texts = [self._caption(picture, one) for picture, one in zip(pictures, drawn, strict=True)]
-        flips = [self._flipped(picture, one) for picture, one in zip(pictures, drawn, strict=True)]
+        texts = [self.caption(one) for one in drawn]
+        flips = [self.flipped(one) for one in drawn]
         mirrored = list(zip(entries, flips, strict=True))
         posteriors = [self.latents.get(entry.picture, entry.crop, flip) for entry, flip in mirrored]
         sizes = [(posterior.mean.shape[-2], posterior.mean.shape[-1]) for posterior in posteriors]
@@ -109,15 +109,21 @@ class Batches:
         """The picture of a draw, and where it is cut."""
         return (self._classes if one.prior else self._subjects)[one.item]
 
-    def _caption(self, picture: Picture, one: Drawn) -> str:
-        """Class images are never drawn without their caption: it is the class prompt that is to be preserved."""
-        data, own = self.recipe.data, (picture.captions, self.recipe.seed, picture.id, one.number)
+    def caption(self, one: Drawn) -> str:
+        """What a draw reads, worded or dropped.
+
+        Class images are never drawn without their caption: it is the class prompt that is to be preserved.
+        """
+        data, picture = self.recipe.data, self.entry(one).picture
+        own = (picture.captions, self.recipe.seed, picture.id, one.number)
         if one.prior:
             return captions.draw(*own)
         return captions.draw(*own, data.caption_dropout, data.wording, one.number // self.share.per_step)
 
-    def _flipped(self, picture: Picture, one: Drawn) -> bool:
-        return self.recipe.data.flip and captions.chance(self.recipe.seed, "flip", picture.id, one.number) < 0.5
+    def flipped(self, one: Drawn) -> bool:
+        """Whether a draw is mirrored."""
+        name = self.entry(one).picture.id
+        return self.recipe.data.flip and captions.chance(self.recipe.seed, "flip", name, one.number) < 0.5
 
     def _class_captions(self, drawn: Sequence[Drawn]) -> tuple[str, ...] | None:
         if not isinstance(self.recipe.prior, ModelPrior):
@@ -178,7 +184,7 @@ class Batches:
         """Captions of the subjects in all draws of the run."""
         for number in range(self.recipe.train.total_steps * self.share.per_step):
             drawn = (one for one in self.order.at(number) if not one.prior)
-            yield from (self._caption(self.entry(one).picture, one) for one in drawn)
+            yield from map(self.caption, drawn)
 
     def _unvaried(self) -> list[str]:
         """Captions of the subjects' pictures, which are the same in every draw."""

@@ -18,6 +18,7 @@ from finetune.randomness import derive
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
+LONGEST = 20_000  # characters; no text encoder reads a tenth of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,12 @@ def read_sidecar(picture: Path) -> tuple[str, ...]:
     Line breaks count as spaces.
 
     Raises:
-        UserError: the file is not UTF-8.
+        UserError: the file is not UTF-8, or no caption.
     """
     for suffix in SIDECARS:
         path = picture.with_suffix(suffix)
         if path.is_file():
-            text = " ".join(_decode(read(path), str(path)).split())
+            text = _tidy(_decode(read(path), str(path)), str(path))
             return (text,) if text else ()
     return ()
 
@@ -119,6 +120,8 @@ def _json_records(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, json.loads(_decode(line, f"{path}:{number}", start))
         except json.JSONDecodeError as error:
             yield number, UserError(f"{path}:{number}: is not JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            yield number, UserError(f"{path}:{number}: is not JSON that can be read: {error}")
         except UserError as error:
             yield number, error
         start += len(line) + 1
@@ -162,7 +165,22 @@ def _row(record: object, number: int, where: str) -> tuple[str, Row]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
         raise UserError(f"{where}: text must be a caption or a list of captions, found {text!r}")
-    return Path(name).as_posix(), Row(number, tuple(words for one in texts if (words := " ".join(one.split()))))
+    return Path(name).as_posix(), Row(number, tuple(words for one in texts if (words := _tidy(one, where))))
+
+
+def _tidy(text: str, where: str) -> str:
+    """``text`` on one line.
+
+    Raises:
+        UserError: it is no caption: too long, or with characters that no text has.
+    """
+    if len(text) > LONGEST:
+        raise UserError(f"{where}: is {len(text)} characters long; a caption has {LONGEST} at most")
+    if (at := text.find("\0")) >= 0:
+        raise UserError(f"{where}: holds a NUL character at place {at}, so it is no text")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no character")
+    return " ".join(text.split())
 
 
 def _decode(content: bytes, where: str, offset: int = 0) -> str:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from finetune.data import decoding
 from finetune.data.framing import Crop
-from finetune.data.sources import ALPHA, Picture
+from finetune.data.masks import ALPHA
+from finetune.data.sources import Picture
 from finetune.errors import UserError
 
 VERSION = 1

@@ -32,9 +32,33 @@ def prepare(
 ) -> Batches:
     """Make everything that a run reads; call it before an adapter is attached.
 
+    What can be encoded ahead is (``encode_ahead``), and then the denoiser is loaded, with a text encoder that trains
+    and any encoder whose results the recipe asks not to keep.
+
+    Args and errors as of ``encode_ahead``.
+    """
+    trains = recipe.adapter.trains_text if train_text_encoder is None else train_text_encoder
+    batches = encode_ahead(
+        recipe, family, processes, concepts=concepts, classes=classes, train_text_encoder=train_text_encoder
+    )
+    cache, texts = recipe.data.cache, family.text_encoders
+    family.require("denoiser", *(texts if trains or not cache.text else ()), *(() if cache.latents else ("vae",)))
+    return batches
+
+
+def encode_ahead(
+    recipe: Recipe,
+    family: ModelFamily,
+    processes: Processes | None = None,
+    *,
+    concepts: Sequence[Concept] | None = None,
+    classes: Sequence[Picture] | None = None,
+    train_text_encoder: bool | None = None,
+) -> Batches:
+    """Fill the caches of a run, with no more in memory than a phase needs.
+
     Pictures are checked, class images drawn, captions encoded and the text encoders freed, pictures encoded and the
-    image encoder freed, and the denoiser loaded. A text encoder that trains stays, and so does an encoder whose
-    results the recipe asks not to keep.
+    image encoder freed.
 
     Args:
         recipe: decides all of it.
@@ -61,25 +85,23 @@ def prepare(
     prompts = None if trains else Prompts(family, recipe.data)
     batches = Batches(recipe, family, concepts, classes, Latents(family, recipe.data), prompts, processes)
     check_words(batches)
-    encode(batches, recipe, family, processes, trains)
+    _encode(batches, recipe, family, processes)
     if processes.rank == 0:
         for note in batches.notes:
             log.warning("%s", note)
     return batches
 
 
-def encode(batches: Batches, recipe: Recipe, family: ModelFamily, processes: Processes, trains: bool) -> None:
-    """Encode what can be encoded ahead, phase by phase, and load what training needs."""
-    cache, texts = recipe.data.cache, family.text_encoders
+def _encode(batches: Batches, recipe: Recipe, family: ModelFamily, processes: Processes) -> None:
+    cache = recipe.data.cache
     if batches.prompts and cache.text:
         shared([partial(batches.prompts.get, text) for text in batches.final_captions], processes)
-        family.release(*texts)
+        family.release(*family.text_encoders)
     if cache.latents:
         both = (False, True) if recipe.data.flip else (False,)
         cut = dict.fromkeys((entry.picture, entry.crop) for entry in batches.entries)
         shared([partial(batches.latents.get, *one, flip) for one in cut for flip in both], processes)
         family.release("vae")
-    family.require("denoiser", *(texts if trains or not cache.text else ()), *(() if cache.latents else ("vae",)))
 
 
 def check_words(batches: Batches) -> None:

@@ -20,8 +20,9 @@ from finetune import files
 from finetune.config.schema import ImagesPrior, Recipe
 from finetune.data import decoding
 from finetune.data.cache import key, remove_stale
+from finetune.data.folders import picture_files
 from finetune.data.processes import Alone, Processes
-from finetune.data.sources import Concept, Picture, picture_files, refuse
+from finetune.data.sources import Concept, Picture, refuse
 from finetune.errors import GuardError, UserError
 from finetune.family import ModelFamily
 from finetune.randomness import generator

@@ -15,11 +15,12 @@ from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.config.wording import WordingConfig
 from finetune.data import captions, decoding, embedded
 from finetune.data.decoding import Facts
+from finetune.data.folders import picture_files
+from finetune.data.masks import find_mask
 from finetune.data.templates import Wording
 from finetune.data.wording import everything
 from finetune.errors import UserError, nearest
 
-ALPHA = "alpha"
 MOST_PROBLEMS = 40  # lines of one error message
 
 
@@ -67,6 +68,14 @@ class Concept:
         return sum(picture.facts.bytes for picture in self.pictures)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What was found in the folders of a recipe: concepts with all pictures that are right, and all that is wrong."""
+
+    concepts: list[Concept]
+    problems: list[str]
+
+
 def scan(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | None = None) -> list[Concept]:
     """Find and decode every picture of a recipe with its captions and mask.
 
@@ -79,6 +88,13 @@ def scan(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | N
             pictures or cut short, captions that are missing or not UTF-8, bad lines of metadata, missing masks, new
             words that no caption holds.
     """
+    found = survey(data, captioned=captioned, words=words)
+    refuse(found.problems)
+    return found.concepts
+
+
+def survey(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | None = None) -> Survey:
+    """As ``scan``, but what is wrong is told and not raised."""
     problems: list[str] = []
     concepts = []
     wording = Wording.of(words) if words and words.templates else None
@@ -93,8 +109,7 @@ def scan(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | N
     texts = [everything(text, data.wording) for text in own]
     if words and not problems:
         problems += [_unused(word, texts) for word in words.words if not any(word in text for text in texts)]
-    refuse(problems)
-    return concepts
+    return Survey(concepts, problems)
 
 
 def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
@@ -112,29 +127,6 @@ def refuse(problems: Sequence[str]) -> None:
         more = [f"... and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
         lines = "".join(f"\n  {line}" for line in [*problems[:MOST_PROBLEMS], *more])
         raise UserError(f"{len(problems)} things are wrong with the pictures:{lines}")
-
-
-def picture_files(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
-    """The pictures of a folder in the order of their names, and its other files and folders.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{where}: {folder} {found}; expected a folder of pictures{_nearest_folder(folder)}")
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in paths if path.is_file() and decoding.is_picture(path)]
-    return pictures, [path for path in paths if path not in set(pictures)]
-
-
-def _nearest_folder(folder: Path) -> str:
-    """A hint at the first part of a missing path that does not exist."""
-    for path in (folder, *folder.parents):
-        if path.parent.is_dir():
-            here = [entry.name for entry in path.parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-            return f"; there is no {path.name!r} in {path.parent}{nearest(path.name, here[:20])}"
-    return ""
 
 
 def _unused(word: str, texts: Sequence[str]) -> str:
@@ -168,15 +160,27 @@ def _scan(
     pictures = []
     for path, name in zip(files, names, strict=True):
         try:
+            _check_name(path)
             facts = decoding.inspect(path)
             texts = _captions(path, rows.get(name), config, captioned and not (wording and wording.replaces))
             texts = wording.captions(texts, config.trigger) if wording else texts
-            mask = _mask(path, facts, config, where)
+            mask = find_mask(path, facts, config, where)
             pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight))
         except UserError as error:
             problems.append(str(error))
-    ignored = [path for path in others if path != metadata]
+    stems = {path.stem for path in files}
+    ignored = [
+        path for path in others if path != metadata and not (path.suffix in captions.SIDECARS and path.stem in stems)
+    ]
     return Concept(config, tuple(pictures), tuple(_notes(config, pictures, ignored, reworded)))
+
+
+def _check_name(path: Path) -> None:
+    """A picture's name stands in captions, logs and the names of its randomness."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!r}: has a name that is not UTF-8; rename the file") from None
 
 
 def _metadata(
@@ -213,51 +217,12 @@ def _captions(path: Path, row: captions.Row | None, config: ConceptConfig, capti
     return texts
 
 
-def _mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Path | str | None:
-    if config.masks is None:
-        return None
-    if config.masks == ALPHA:
-        if not facts.transparent:
-            raise UserError(f"{path}: has no transparency to take as its mask ({where}.masks: alpha)")
-        mask, image = None, decoding.alpha(decoding.decode(decoding.read(path), path))
-    else:
-        mask = _mask_file(path, Path(config.masks), where)
-        image = decoding.grey(decoding.decode(decoding.read(mask), mask))
-    if image.size != (facts.width, facts.height):
-        raise UserError(
-            f"{mask}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
-        )
-    if image.getbbox() is None:
-        raise UserError(f"{mask or path}: its mask is empty (black everywhere), so nothing of the picture would count")
-    return mask or ALPHA
-
-
-def _mask_file(path: Path, folder: Path, where: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{where}.masks: {folder} does not exist{_nearest_folder(folder)}")
-    found = [file for file in sorted(folder.glob(f"{_escaped(path.stem)}.*")) if decoding.is_picture(file)]
-    if not found:
-        names = [file.stem for file in folder.iterdir() if decoding.is_picture(file)]
-        raise UserError(f"{path}: has no mask in {folder}; expected {path.stem}.png{nearest(path.stem, names[:20])}")
-    return found[0]
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
 def _notes(
     config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[Path], reworded: WordingConfig | None
 ) -> list[str]:
     """What a person should know, one line each."""
     notes = []
-    stems = {picture.path.stem for picture in pictures}
-    known = {Path(config.masks or "").name}
-    ignored = [
-        path.name
-        for path in others
-        if path.name not in known and not (path.suffix in captions.SIDECARS and path.stem in stems)
-    ]
+    ignored = [path.name for path in others if path.name != Path(config.masks or "").name]
     if ignored:
         notes.append(f"{config.folder}: {_count(len(ignored), 'entry', 'entries')} ignored: {_some(ignored)}")
     if config.trigger:

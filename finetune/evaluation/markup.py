@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 SMALL = 160  # pixels up to which a picture is kept as it is and shown with hard pixels
 LARGEST = 384  # pixels to which larger ones are scaled down
 VOID = {"img", "path", "line"}
+
+
+ASSETS = Path(__file__).parent
 
 
 class Markup(str):
@@ -54,6 +58,17 @@ def picture(image: Image.Image, alt: str, kind: str = "") -> Markup:
     source = _png(image) if crisp else _jpeg(image)
     classes = " ".join(part for part in ("crisp" if crisp else "", kind) if part)
     return tag("img", src=source, alt=alt, title=alt, class_=classes or None, loading="lazy", tabindex="0")
+
+
+def document(title: str, header: str, sections: str, nav: str = "") -> str:
+    """A page in the toolkit's dress that needs nothing else and asks no server for anything.
+
+    Args:
+        title: text. header, sections, nav: HTML.
+    """
+    template = Template((ASSETS / "report.html").read_text(encoding="utf-8"))
+    style = (ASSETS / "report.css").read_text(encoding="utf-8")
+    return template.substitute(style=style, title=escape(title), header=header, nav=nav, sections=sections)
 
 
 def _png(image: Image.Image) -> str:

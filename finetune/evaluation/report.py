@@ -6,16 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from finetune import files
+from finetune.evaluation.markup import document
 from finetune.evaluation.protocol import Answers, Evaluation, Questions
 
 if TYPE_CHECKING:
     from PIL import Image
-
-ASSETS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,5 @@ def write_report(folder: Path, report: ReportData) -> Path:
     from finetune.evaluation.sections import page
 
     path = folder / "report.html"
-    template = Template((ASSETS / "report.html").read_text(encoding="utf-8"))
-    style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    files.write_text(path, template.substitute(style=style, **page(report)))
+    files.write_text(path, document(**page(report)))
     return path

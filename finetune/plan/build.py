@@ -26,6 +26,7 @@ from finetune.data import sources
 from finetune.data.batches import Batches
 from finetune.data.encode import Latents, Prompts
 from finetune.data.entries import draws_per_epoch
+from finetune.data.folders import picture_files
 from finetune.data.framing import Crop, Size
 from finetune.data.preparation import check_resolution
 from finetune.data.prior import ClassImages as Drawing
@@ -156,7 +157,7 @@ def _class_images(recipe: Recipe, family: ModelFamily, found: Sequence[sources.C
     if not isinstance(prior, ImagesPrior):
         return
     own = Path(prior.folder) if prior.folder is not None else None
-    pictures = sources.picture_files(own, "prior.folder")[0] if own is not None and own.is_dir() else []
+    pictures = picture_files(own, "prior.folder")[0] if own is not None and own.is_dir() else []
     for prompt in class_prompts(found):
         folder = own if own is not None and pictures else Drawing(recipe, prior, family, prompt).folder
         present = len(pictures) or sum(1 for _ in folder.glob("*.png"))

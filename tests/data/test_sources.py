@@ -159,7 +159,7 @@ def test_a_missing_folder_names_the_nearest(folder: Folder, tmp_path: Path) -> N
 def test_an_empty_folder_and_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"empty holds no pictures \(.bmp"):
+    with pytest.raises(UserError, match=r"empty holds no pictures \(.avif"):
         scan_one(tmp_path / "empty")
     with pytest.raises(UserError, match="is a file; expected a folder"):
         scan_one(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""A real family trains on pictures of several shapes, tags are shuffled, and every way to run gives the same numbers."""
+"""A real family trains on pictures of several shapes, with tags shuffled; every way to run gives the same numbers."""
 
 from __future__ import annotations
 

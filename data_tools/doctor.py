@@ -1,0 +1,237 @@
+"""What is wrong with a set of pictures, what is doubtful, and how it will be cut. Loads no weights.
+
+What a run would refuse comes from the very code that a run begins with, so the two can't disagree.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from data_tools.likeness import BLURRED, alike, copies, look, sharpness
+from finetune.config import Recipe, read_recipe
+from finetune.config.adapters import new_words
+from finetune.config.schema import ConceptConfig, DataConfig
+from finetune.data import decoding, wording
+from finetune.data.framing import Framing
+from finetune.data.sources import Concept, Picture, survey
+from finetune.errors import UserError, nearest
+
+Level = Literal["refused", "doubtful", "note"]
+LEVELS: tuple[Level, ...] = ("refused", "doubtful", "note")
+LONGEST = 75
+"""Words and marks of a caption that Stable Diffusion's text encoder can read at most, one token each."""
+
+MOST_CAPTIONS = 2000  # that are compared with one another
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know.
+
+    Attributes:
+        level: "refused" ends a run before it begins, "doubtful" is probably a mistake, "note" only wants to be known.
+        kind: such as "blurred", for programs.
+        text: a sentence.
+        pictures: ids of those that it is about.
+    """
+
+    level: Level
+    kind: str
+    text: str
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Pictures that are cut to one size, and the mean share of their area that is lost."""
+
+    width: int
+    height: int
+    pictures: int
+    cut_away: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All of it.
+
+    Attributes:
+        source: the folder or recipe.
+        pictures: those that can be used, by id.
+        dropped: how many of them a run would leave out, which is none: it refuses or uses what it finds.
+    """
+
+    source: str
+    pictures: dict[str, Picture]
+    findings: tuple[Finding, ...]
+    shapes: tuple[Shape, ...]
+    dropped: int = 0
+
+    def at(self, level: Level) -> list[Finding]:
+        """The findings of a level."""
+        return [finding for finding in self.findings if finding.level == level]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "source": self.source,
+            "pictures": len(self.pictures),
+            "dropped": self.dropped,
+            "findings": [asdict(finding) for finding in self.findings],
+            "shapes": [asdict(shape) for shape in self.shapes],
+        }
+
+
+def diagnose(source: Path, overrides: Sequence[str] = (), resolution: int = 512) -> Diagnosis:
+    """Look at a folder of pictures, or at all that a recipe names.
+
+    Args:
+        overrides: of the recipe.
+        resolution: where a folder alone is looked at.
+
+    Raises:
+        UserError: there is no such folder or recipe, or the recipe is wrong.
+    """
+    recipe = None if source.is_dir() else _recipe(source, overrides)
+    data = recipe.data if recipe else DataConfig(concepts=[ConceptConfig(folder=str(source))], resolution=resolution)
+    found = survey(data, captioned=recipe is not None, words=new_words(recipe.adapter) if recipe else None)
+    pictures = {picture.id: picture for concept in found.concepts for picture in concept.pictures}
+    findings = [Finding("refused", "refused", problem) for problem in found.problems]
+    findings += _looks(pictures.values())
+    findings += _sizes(pictures.values(), data)
+    for concept in found.concepts:
+        findings += _captions(concept, data)
+    findings += _long(recipe, pictures.values(), data)
+    return Diagnosis(str(source), pictures, tuple(findings), tuple(_shapes(pictures.values(), data)))
+
+
+def _recipe(source: Path, overrides: Sequence[str]) -> Recipe:
+    if not source.exists():
+        near = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
+        raise UserError(f"{source}: no such folder or recipe{nearest(source.name, near)}")
+    return read_recipe(source, list(overrides))
+
+
+def _looks(pictures: Iterable[Picture]) -> Iterator[Finding]:
+    """Copies and blurred pictures."""
+    pictures = list(pictures)
+    looks, blurred = [], []
+    for picture in pictures:
+        image = _opened(picture)
+        looks.append(look(image))
+        if (sharp := sharpness(image)) < BLURRED:
+            blurred.append((sharp, picture))
+    for group in copies([one.hash for one in looks], lambda a, b: alike(looks[a], looks[b])):
+        some = [pictures[index] for index in group]
+        same = len({picture.facts.sha256 for picture in some}) == 1
+        kind, said = (
+            ("copies", "are the same file") if same else ("near copies", "are copies, scaled or compressed anew")
+        )
+        yield Finding("doubtful", kind, f"{_names(some)} {said}: each counts in training", _ids(some))
+    for sharp, picture in sorted(blurred, key=lambda one: one[0]):
+        said = "of one colour" if sharp == 0 else f"blurred (sharpness {sharp:.4f}, photographs have 0.05 and more)"
+        yield Finding("doubtful", "blurred", f"{picture.path.name} is {said}", (picture.id,))
+
+
+def _opened(picture: Picture) -> Image.Image:
+    return decoding.rgb(decoding.decode(decoding.read(picture.path), picture.path))
+
+
+def _sizes(pictures: Iterable[Picture], data: DataConfig) -> Iterator[Finding]:
+    framing = Framing.of(data)
+    for picture in pictures:
+        width, height = picture.facts.width, picture.facts.height
+        scale = framing.crop(width, height).width / width
+        if scale > 1:
+            text = f"{picture.path.name} is {width} x {height} pixels, enlarged {scale:.2g} times for training"
+            yield Finding("doubtful" if scale > 1.5 else "note", "small", text, (picture.id,))
+
+
+def _captions(concept: Concept, data: DataConfig) -> Iterator[Finding]:
+    """Captions that are missing, lack the trigger, or say the same; and what the scan itself has noted."""
+    pictures, trigger = concept.pictures, concept.config.trigger
+    empty = [picture for picture in pictures if not any(picture.captions)]
+    if empty:
+        if len(empty) == len(pictures):
+            yield Finding("note", "no caption", "no picture has a caption: a recipe's prompt must stand for all", ())
+        else:
+            text = f"{_names(empty)} without a caption, where others have one"
+            yield Finding("doubtful", "no caption", text, _ids(empty))
+    for note in concept.notes:
+        told = "the same picture more than once" in note  # as copies already
+        lacks = trigger is not None and f"the trigger {trigger!r}" in note
+        if not told:
+            yield Finding("doubtful" if lacks else "note", "no trigger" if lacks else "noted", note)
+    own = [
+        (text, picture) for picture in pictures for text in picture.captions if text and text != concept.config.prompt
+    ]
+    said: dict[frozenset[str], list[tuple[str, Picture]]] = defaultdict(list)
+    for text, picture in own:
+        said[frozenset(wording.everything(text, data.wording).lower().replace(",", " ").split())].append(
+            (text, picture)
+        )
+    for group in said.values():
+        some = list(dict.fromkeys(picture for _, picture in group))
+        if len(some) > 1:
+            text = f"{_names(some)} have the same words in their captions: {group[0][0]!r}"
+            yield Finding("note", "same captions", text, _ids(some))
+    yield from _near(list(said.items())[:MOST_CAPTIONS])
+
+
+def _near(said: Sequence[tuple[frozenset[str], Sequence[tuple[str, Picture]]]]) -> Iterator[Finding]:
+    """Captions of ten words and more of which nine in ten are the same."""
+    long = [(words, group) for words, group in said if len(words) >= 10]
+    for index, (words, group) in enumerate(long):
+        for others, other in long[index + 1 :]:
+            if len(words & others) >= 0.9 * max(len(words), len(others)):
+                some = [group[0][1], other[0][1]]
+                text = f"{_names(some)} have nearly the same caption: {group[0][0]!r}"
+                yield Finding("note", "near captions", text, _ids(some))
+
+
+def _long(recipe: Recipe | None, pictures: Iterable[Picture], data: DataConfig) -> Iterator[Finding]:
+    """Captions that are cut: by the tokens of a recipe's model, or else by their words and marks."""
+    lost = _by_words if recipe is None else _by_tokens(recipe)
+    for picture in pictures:
+        for text in picture.captions:
+            if (count := lost(wording.everything(text, data.wording))) > 0:
+                said = f"{count} {'words' if recipe is None else 'tokens'}"
+                text = f"the caption of {picture.path.name} is too long, its last {said} are cut off: {text[:80]!r}"
+                yield Finding("doubtful", "long caption", text, (picture.id,))
+
+
+def _by_words(text: str) -> int:
+    return len(text.replace(",", " , ").replace(".", " . ").split()) - LONGEST
+
+
+def _by_tokens(recipe: Recipe) -> Any:
+    from finetune.families import load_family  # brings torch
+
+    family, found = load_family(recipe.model), new_words(recipe.adapter)
+    return lambda text: family.caption_overflow(text, found.words if found else {})
+
+
+def _shapes(pictures: Iterable[Picture], data: DataConfig) -> Iterator[Shape]:
+    lost: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for side in (data.resolution, *data.more_resolutions):
+        framing = Framing.of(data, side)
+        for picture in pictures:
+            crop = framing.crop(picture.facts.width, picture.facts.height)
+            lost[crop.target].append(1 - crop.target.area / (crop.width * crop.height))
+    for (width, height), shares in sorted(lost.items()):
+        yield Shape(width, height, len(shares), sum(shares) / len(shares))
+
+
+def _names(pictures: Sequence[Picture]) -> str:
+    names = [picture.path.name for picture in pictures]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _ids(pictures: Sequence[Picture]) -> tuple[str, ...]:
+    return tuple(picture.id for picture in pictures)

@@ -1,0 +1,115 @@
+"""``finetune data …``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+Source = Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Pictures, or a recipe.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Pictures, in folders below it too.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Settings of the recipe that win.", show_default=False),
+]
+
+
+@app.command()
+def doctor(
+    source: Source,
+    overrides: Overrides = None,
+    page: Annotated[Path | None, typer.Option(help="Write it as a page with the pictures.", show_default=False)] = None,
+    resolution: Annotated[int, typer.Option(min=8, help="Of a folder; a recipe has its own.")] = 512,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 2 for doubtful things too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what is wrong with pictures and captions. Ends with 2 where a run would be refused."""
+    from data_tools.doctor import diagnose
+    from data_tools.doctor_page import page as as_page
+    from data_tools.doctor_page import verdict
+    from finetune.files import write_text
+
+    found = diagnose(source, overrides or [], resolution)
+    if page:
+        write_text(page, as_page(found))
+    if as_json:
+        typer.echo(json.dumps(found.plain(), indent=2, ensure_ascii=False))
+    else:
+        for finding in found.findings:
+            typer.echo(f"{finding.level}: {finding.text}")
+        for shape in found.shapes:
+            cut = f"{100 * shape.cut_away:.0f} % cut away"
+            typer.echo(f"shape: {shape.width} x {shape.height}: {shape.pictures} pictures, {cut}")
+        typer.echo(verdict(found) + (f" {page}" if page else ""))
+    if found.at("refused") or (strict and found.at("doubtful")):
+        raise typer.Exit(2)
+
+
+@app.command()
+def sheet(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="A .html or .png file.")] = Path("sheet.html"),
+    count: Annotated[int, typer.Option(min=1, help="Draws to show.")] = 48,
+) -> None:
+    """Show what the model will see: crops, masks and captions of a run's first draws. Loads no weights."""
+    from data_tools.sheet import draws, write
+    from finetune.config import read_recipe
+
+    resolved = read_recipe(recipe, overrides or [])
+    typer.echo(write(out, draws(resolved, count), str(recipe)))
+
+
+@app.command()
+def dedupe(
+    folder: Folder,
+    move: Annotated[
+        Path | None, typer.Option(help="Move all but the best of each group there.", show_default="list only")
+    ] = None,
+    distance: Annotated[int, typer.Option(min=0, max=16, help="Bits in which hashes of copies may differ.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 1,
+) -> None:
+    """Find copies of pictures, scaled or compressed anew ones too. Deletes nothing."""
+    from data_tools.dedupe import find
+    from data_tools.dedupe import move as move_away
+
+    groups, problems = find(folder, distance, workers)
+    for problem in problems:
+        typer.echo(f"passed over: {problem}")
+    for group in groups:
+        kind = "the same file" if group.same else "a copy"
+        for other in group.others:
+            typer.echo(f"{other}: {kind} of {group.best}")
+    moved = move_away(groups, folder, move) if move else []
+    others = sum(len(group.others) for group in groups)
+    typer.echo(f"{others} copies of {len(groups)} pictures" + (f", {len(moved)} moved to {move}" if move else ""))
+
+
+@app.command()
+def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Encode a recipe's pictures and captions beforehand, without a denoiser in memory while it does."""
+    from data_tools.caches import fill
+    from finetune.config import read_recipe
+
+    found = fill(read_recipe(recipe, overrides or []))
+    for what in ("latents", "prompts"):
+        if f"{what}_made" in found:
+            typer.echo(f"{what}: {found[f'{what}_made']} made, {found[f'{what}_read']} were there")
+
+
+@app.command("class-images")
+def class_images(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Draw a recipe's class images beforehand."""
+    from data_tools.caches import draw_class_images
+    from finetune.config import read_recipe
+
+    pictures = draw_class_images(read_recipe(recipe, overrides or []))
+    for folder in dict.fromkeys(picture.path.parent for picture in pictures):
+        typer.echo(f"{folder}: {sum(picture.path.parent == folder for picture in pictures)} class images")

@@ -1,0 +1,55 @@
+"""Masks: which file belongs to a picture, and whether it fits. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.config.schema import ConceptConfig
+from finetune.data import decoding
+from finetune.data.decoding import Facts
+from finetune.data.folders import nearest_folder
+from finetune.errors import UserError, nearest
+
+ALPHA = "alpha"  # the picture's own transparency
+
+
+def find_mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Path | str | None:
+    """The mask of a picture as a concept has it: a file, ``ALPHA`` or none.
+
+    Args:
+        path: of the picture.
+        where: the concept is in the recipe, for messages.
+
+    Raises:
+        UserError: there is none, or it is empty or of another size.
+    """
+    if config.masks is None:
+        return None
+    if config.masks == ALPHA:
+        if not facts.transparent:
+            raise UserError(f"{path}: has no transparency to take as its mask ({where}.masks: alpha)")
+        mask, image = None, decoding.alpha(decoding.decode(decoding.read(path), path))
+    else:
+        mask = _mask_file(path, Path(config.masks), where)
+        image = decoding.grey(decoding.decode(decoding.read(mask), mask))
+    if image.size != (facts.width, facts.height):
+        raise UserError(
+            f"{mask}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
+        )
+    if image.getbbox() is None:
+        raise UserError(f"{mask or path}: its mask is empty (black everywhere), so nothing of the picture would count")
+    return mask or ALPHA
+
+
+def _mask_file(path: Path, folder: Path, where: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{where}.masks: {folder} does not exist{nearest_folder(folder)}")
+    found = [file for file in sorted(folder.glob(f"{_escaped(path.stem)}.*")) if decoding.is_picture(file)]
+    if not found:
+        names = [file.stem for file in folder.iterdir() if decoding.is_picture(file)]
+        raise UserError(f"{path}: has no mask in {folder}; expected {path.stem}.png{nearest(path.stem, names[:20])}")
+    return found[0]
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
