@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
+import numpy as np
 from rich.progress import track
 
-from data_tools.likeness import DISTANCE, Look, alike, copies, look, sharpness
+from data_tools.likeness import DIFFERENCE, DISTANCE, SIDE, Look, alike, around, copies, look, sharpness
 from finetune import files
 from finetune.data import captions, decoding
 from finetune.errors import UserError
-
-REMEMBERED = 4096  # looks that are kept while candidates are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,47 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    hash: int
-    rank: tuple[int, float]  # pixels, sharpness
+    look: Look
+    pixels: int
+    sharpness: float
+
+
+class _Album:
+    """What is kept of each picture: numbers in memory, and the small picture on the disk.
+
+    Args:
+        most: pictures that can be added.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.hashes, self.pixels, self.sharpness, self.means = array("Q"), array("Q"), array("d"), array("d")
+        with TemporaryFile() as file:
+            self._small = np.memmap(file, np.uint8, "w+", shape=(max(1, most), SIDE, SIDE, 3))
+
+    def add(self, seen: _Seen) -> None:
+        """The next picture."""
+        self._small[len(self.hashes)] = seen.look.small
+        self.means.append(float(seen.look.small.mean()))
+        self.hashes.append(seen.look.hash)
+        self.pixels.append(seen.pixels)
+        self.sharpness.append(seen.sharpness)
+
+    def alike(self, one: int, other: int, distance: int) -> bool:
+        """As ``likeness.alike``. Means differ by no more than values do on average, which spares most reading."""
+        if abs(self.means[one] - self.means[other]) > DIFFERENCE + 1e-6:
+            return False
+        first, second = (Look(self.hashes[i], self._small[i].astype(np.int16)) for i in (one, other))
+        return alike(first, second, distance)
+
+    def best_first(self, members: Sequence[int]) -> list[int]:
+        """The largest, then the sharpest, then in their order."""
+        return sorted(members, key=lambda index: (-self.pixels[index], -self.sharpness[index], index))
 
 
 def find(folder: Path, distance: int = DISTANCE, workers: int = 1) -> tuple[list[Group], list[str]]:
     """Groups of copies in a folder and the folders below it, and what could not be read.
+
+    Every copy is like the best of its group. Links are passed over: what they point at may move.
 
     Args:
         distance: bits in which hashes of copies may differ; 0 finds little more than the same files.
@@ -55,25 +90,30 @@ def find(folder: Path, distance: int = DISTANCE, workers: int = 1) -> tuple[list
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     paths = sorted(path for path in _walk(folder) if decoding.is_picture(path))
-    seen: list[_Seen] = []
+    album = _Album(len(paths))
     kept: list[Path] = []
     problems: list[str] = []
     for path, found in zip(paths, _all(paths, workers), strict=True):
         if isinstance(found, str):
             problems.append(found)
         else:
-            seen.append(found)
+            album.add(found)
             kept.append(path)
-    again = lru_cache(REMEMBERED)(lambda index: _look(kept[index]))
-    found_groups = copies([one.hash for one in seen], lambda a, b: alike(again(a), again(b), distance), distance)
-    return [_group(members, kept, seen) for members in found_groups], problems
+
+    def certain(one: int, other: int) -> bool:
+        return album.alike(one, other, distance)
+
+    chains = copies(album.hashes, certain, distance)
+    groups = [group for chain in chains for group in around(album.best_first(chain), certain)]
+    return [_group([kept[index] for index in members]) for members in groups], problems
 
 
 def move(groups: Sequence[Group], folder: Path, into: Path) -> list[Path]:
     """Move all but the best of each group from ``folder`` to the same places below ``into``, with their captions.
 
-    Nothing is deleted or overwritten: whenever this is interrupted, every file is in one of the two places. Lines of a
-    ``metadata.jsonl`` move too.
+    Nothing is deleted or overwritten: whenever this is interrupted, every file is in one of the two places, and finding
+    and moving once more completes it. Lines of a ``metadata.jsonl`` move too, before the pictures do, and are added to
+    those that are there.
 
     Returns:
         where the pictures are now.
@@ -85,26 +125,28 @@ def move(groups: Sequence[Group], folder: Path, into: Path) -> list[Path]:
     if into.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--move {into}: lies in {folder}, whose copies would be found again; choose a folder outside")
     moved = {path: None for group in groups for path in group.others}
-    moves = [(path, into / path.relative_to(folder)) for one in moved for path in (one, *_beside(one, moved))]
-    if taken := [target for _, target in moves if target.exists()]:
+    # text files first, so that a picture that is still there has not left its own behind; two may share one
+    sources = dict.fromkeys(path for one in moved for path in (*_beside(one, moved), one))
+    moves = {path: into / path.relative_to(folder) for path in sources}
+    if taken := [target for target in moves.values() if target.exists()]:
         raise UserError(f"{taken[0]}: is there already; choose an empty folder for --move")
     parents = {parent for path in moved for parent in path.parents if parent.is_relative_to(folder)}
     tables = {parent: _lines(parent, moved) for parent in sorted(parents)}
-    for source, target in moves:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _rename(source, target)
     for parent, (stay, go) in tables.items():
         if go:
-            name = captions.METADATA[0]
-            files.write_text(into / parent.relative_to(folder) / name, "".join(go))
-            files.write_text(parent / name, "".join(stay))
+            there = into / parent.relative_to(folder) / captions.METADATA[0]
+            _write_lines(there, list(dict.fromkeys([*_read_lines(there), *go])))
+            _write_lines(parent / captions.METADATA[0], stay)
+    for source, target in moves.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _rename(source, target)
     return [into / path.relative_to(folder) for path in moved]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files; links to folders are not followed, so that a loop of them ends."""
+    """All files but links; links to folders are not followed, so that a loop of them ends."""
     for parent, _, names in os.walk(folder):
-        yield from (Path(parent) / name for name in names)
+        yield from (path for name in names if not (path := Path(parent) / name).is_symlink())
 
 
 def _all(paths: Sequence[Path], workers: int) -> Iterator[_Seen | str]:
@@ -122,18 +164,12 @@ def _see(path: Path) -> _Seen | str:
         image = decoding.rgb(decoding.decode(decoding.read(path), path))
     except UserError as error:
         return str(error)
-    return _Seen(look(image).hash, (image.width * image.height, sharpness(image)))
+    return _Seen(look(image), image.width * image.height, sharpness(image))
 
 
-def _look(path: Path) -> Look:
-    return look(decoding.rgb(decoding.decode(decoding.read(path), path)))
-
-
-def _group(members: Sequence[int], paths: Sequence[Path], seen: Sequence[_Seen]) -> Group:
-    best = max(members, key=lambda index: (seen[index].rank, -index))
-    others = tuple(paths[index] for index in members if index != best)
-    same = len({files.sha256(paths[index]) for index in members}) == 1
-    return Group(paths[best], others, same)
+def _group(members: Sequence[Path]) -> Group:
+    best, *others = members
+    return Group(best, tuple(sorted(others)), len({files.sha256(path) for path in members}) == 1)
 
 
 def _beside(picture: Path, moved: Collection[Path]) -> list[Path]:
@@ -157,14 +193,24 @@ def _lines(parent: Path, moved: Collection[Path]) -> tuple[list[str], list[str]]
         if named := sorted(names & rows.keys()):
             raise UserError(f"{table}:{rows[named[0]].line}: names {named[0]}, which is a copy; remove its line first")
         return stay, go
-    for line in table.read_text(encoding="utf-8-sig").splitlines(keepends=True):
+    for line in _read_lines(table):
         (go if _named(line) in names else stay).append(line)
     return stay, go
 
 
+def _read_lines(table: Path) -> list[str]:
+    """Only a line feed ends a line of JSON; other breaks may stand in a caption."""
+    text = table.read_bytes().decode("utf-8-sig") if table.is_file() else ""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _write_lines(table: Path, lines: Sequence[str]) -> None:
+    files.write_text(table, "".join(f"{line}\n" for line in lines))
+
+
 def _named(line: str) -> str | None:
     try:
-        return str(json.loads(line)["file_name"])
+        return Path(json.loads(line)["file_name"]).as_posix()
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -5,6 +5,7 @@ What a run would refuse comes from the very code that a run begins with, so the 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +14,14 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from data_tools.likeness import BLURRED, alike, copies, look, sharpness
+from data_tools.likeness import BLURRED, alike, around, copies, look, sharpness
 from finetune.config import Recipe, read_recipe
 from finetune.config.adapters import new_words
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.data import decoding, wording
+from finetune.data.entries import subject_entries
 from finetune.data.framing import Framing
-from finetune.data.sources import Concept, Picture, survey
+from finetune.data.sources import Concept, Picture, Survey, survey
 from finetune.errors import UserError, nearest
 
 Level = Literal["refused", "doubtful", "note"]
@@ -100,9 +102,12 @@ def diagnose(source: Path, overrides: Sequence[str] = (), resolution: int = 512)
     """
     recipe = None if source.is_dir() else _recipe(source, overrides)
     data = recipe.data if recipe else DataConfig(concepts=[ConceptConfig(folder=str(source))], resolution=resolution)
-    found = survey(data, captioned=recipe is not None, words=new_words(recipe.adapter) if recipe else None)
+    captioned = recipe is not None and recipe.adapter.kind != "aesthetic"  # which reads no captions
+    found = survey(data, captioned=captioned, words=new_words(recipe.adapter) if recipe else None)
     pictures = {picture.id: picture for concept in found.concepts for picture in concept.pictures}
     findings = [Finding("refused", "refused", problem) for problem in found.problems]
+    if recipe is not None and captioned:
+        findings += _unfit(recipe, found)
     findings += _looks(pictures.values())
     findings += _sizes(pictures.values(), data)
     for concept in found.concepts:
@@ -118,6 +123,31 @@ def _recipe(source: Path, overrides: Sequence[str]) -> Recipe:
     return read_recipe(source, list(overrides))
 
 
+def _unfit(recipe: Recipe, found: Survey) -> Iterator[Finding]:
+    """What a run refuses though every file is right: its resolution, masks that are cut away, words that are."""
+    from finetune.data import preparation  # brings torch
+    from finetune.data.batches import Batches
+    from finetune.data.encode import Latents, Prompts
+    from finetune.families import load_family
+
+    family = load_family(recipe.model)
+    try:
+        preparation.check_resolution(recipe, family)
+    except UserError as error:
+        yield Finding("refused", "refused", str(error))
+        return
+    for entry in itertools.chain.from_iterable(subject_entries(recipe, found.concepts)):
+        for problem in preparation.lost_masks([entry], family.latent_scale):
+            yield Finding("refused", "refused", problem, (entry.picture.id,))
+    if found.problems:
+        return
+    prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
+    try:
+        preparation.check_words(Batches(recipe, family, found.concepts, [], Latents(family, recipe.data), prompts))
+    except UserError as error:
+        yield Finding("refused", "refused", str(error))
+
+
 def _looks(pictures: Iterable[Picture]) -> Iterator[Finding]:
     """Copies and blurred pictures."""
     pictures = list(pictures)
@@ -127,7 +157,12 @@ def _looks(pictures: Iterable[Picture]) -> Iterator[Finding]:
         looks.append(look(image))
         if (sharp := sharpness(image)) < BLURRED:
             blurred.append((sharp, picture))
-    for group in copies([one.hash for one in looks], lambda a, b: alike(looks[a], looks[b])):
+
+    def certain(one: int, other: int) -> bool:
+        return alike(looks[one], looks[other])
+
+    chains = copies([one.hash for one in looks], certain)
+    for group in itertools.chain.from_iterable(around(chain, certain) for chain in chains):
         some = [pictures[index] for index in group]
         same = len({picture.facts.sha256 for picture in some}) == 1
         kind, said = (

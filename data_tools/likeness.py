@@ -130,6 +130,24 @@ def copies(hashes: Sequence[int], certain: Callable[[int, int], bool], distance:
     return [members for members in found.values() if len(members) > 1]
 
 
+def around(members: Sequence[int], certain: Callable[[int, int], bool]) -> Iterator[list[int]]:
+    """Split a chain of copies into groups whose first member is like every other one.
+
+    Copies of copies can differ: of the frames of a slow film each is like the next, and the last unlike the first.
+
+    Args:
+        members: of one group of ``copies``; those that should stand first come first.
+        certain: as of ``copies``.
+    """
+    rest = list(members)
+    while rest:
+        first, *others = rest
+        near = {one for one in others if certain(first, one)}
+        if near:
+            yield [first, *(one for one in others if one in near)]
+        rest = [one for one in others if one not in near]
+
+
 def sharpness(image: Image.Image) -> float:
     """How much of a picture's contrast is between neighbouring pixels, at a size of 256 pixels at most.
 

@@ -73,7 +73,7 @@ def dedupe(
     move: Annotated[
         Path | None, typer.Option(help="Move all but the best of each group there.", show_default="list only")
     ] = None,
-    distance: Annotated[int, typer.Option(min=0, max=16, help="Bits in which hashes of copies may differ.")] = 4,
+    distance: Annotated[int, typer.Option(min=0, max=8, help="Bits in which hashes of copies may differ.")] = 4,
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 1,
 ) -> None:
     """Find copies of pictures, scaled or compressed anew ones too. Deletes nothing."""

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from finetune.config.adapters import new_words
 from finetune.config.schema import Recipe
-from finetune.data import prior, sources
+from finetune.data import images, prior, sources
 from finetune.data.batches import Batches
 from finetune.data.cache import remove_stale
 from finetune.data.encode import Latents, Prompts, shared
+from finetune.data.entries import Entry, subject_entries
 from finetune.data.processes import Alone, Processes
-from finetune.data.sources import Concept, Picture
 from finetune.errors import UserError
 from finetune.family import ModelFamily
 
 log = logging.getLogger(__name__)
 
 
-def prepare(
-    recipe: Recipe,
-    family: ModelFamily,
-    processes: Processes | None = None,
-    *,
-    concepts: Sequence[Concept] | None = None,
-    classes: Sequence[Picture] | None = None,
-    train_text_encoder: bool | None = None,
-) -> Batches:
+def prepare(recipe: Recipe, family: ModelFamily, processes: Processes | None = None) -> Batches:
     """Make everything that a run reads; call it before an adapter is attached.
 
     What can be encoded ahead is (``encode_ahead``), and then the denoiser is loaded, with a text encoder that trains
@@ -37,24 +30,14 @@ def prepare(
 
     Args and errors as of ``encode_ahead``.
     """
-    trains = recipe.adapter.trains_text if train_text_encoder is None else train_text_encoder
-    batches = encode_ahead(
-        recipe, family, processes, concepts=concepts, classes=classes, train_text_encoder=train_text_encoder
-    )
+    batches = encode_ahead(recipe, family, processes)
+    trains = recipe.adapter.trains_text
     cache, texts = recipe.data.cache, family.text_encoders
     family.require("denoiser", *(texts if trains or not cache.text else ()), *(() if cache.latents else ("vae",)))
     return batches
 
 
-def encode_ahead(
-    recipe: Recipe,
-    family: ModelFamily,
-    processes: Processes | None = None,
-    *,
-    concepts: Sequence[Concept] | None = None,
-    classes: Sequence[Picture] | None = None,
-    train_text_encoder: bool | None = None,
-) -> Batches:
+def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | None = None) -> Batches:
     """Fill the caches of a run, with no more in memory than a phase needs.
 
     Pictures are checked, class images drawn, captions encoded and the text encoders freed, pictures encoded and the
@@ -64,9 +47,6 @@ def encode_ahead(
         recipe: decides all of it.
         family: its networks are loaded and freed here.
         processes: of the run; class images and encodings are shared out among them.
-        concepts: what ``scan`` found, where it has been called already.
-        classes: what ``class_images`` gave, where it has been called already.
-        train_text_encoder: captions are then left to the training step; the adapter's flag where it is not given.
 
     Raises:
         UserError: everything that is wrong with the pictures, or a resolution that the model cannot take.
@@ -74,15 +54,15 @@ def encode_ahead(
     """
     processes = processes or Alone()
     check_resolution(recipe, family)
-    concepts = sources.scan(recipe.data, words=new_words(recipe.adapter)) if concepts is None else concepts
+    concepts = sources.scan(recipe.data, words=new_words(recipe.adapter))
+    sources.refuse(lost_masks(itertools.chain.from_iterable(subject_entries(recipe, concepts)), family.latent_scale))
     if recipe.prior.kind != "none":
         prior.class_prompts(concepts)
     if processes.rank == 0:
         remove_stale(Path(recipe.data.cache.folder))
     processes.barrier()
-    classes = prior.class_images(recipe, family, concepts, processes) if classes is None else classes
-    trains = recipe.adapter.trains_text if train_text_encoder is None else train_text_encoder
-    prompts = None if trains else Prompts(family, recipe.data)
+    classes = prior.class_images(recipe, family, concepts, processes)
+    prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
     batches = Batches(recipe, family, concepts, classes, Latents(family, recipe.data), prompts, processes)
     check_words(batches)
     _encode(batches, recipe, family, processes)
@@ -114,6 +94,17 @@ def check_words(batches: Batches) -> None:
                     f"{word!r} stands too far back in the caption {text!r}: the last {lost} tokens up to it would be "
                     "cut off; shorten what is before it, or lower vectors"
                 )
+
+
+def lost_masks(entries: Iterable[Entry], scale: int) -> list[str]:
+    """What is wrong with masks once pictures are cut: nothing may be left of them."""
+    problems = []
+    for entry in (entry for entry in entries if entry.picture.mask is not None):
+        try:
+            images.mask(entry.picture, entry.crop, scale)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def check_resolution(recipe: Recipe, family: ModelFamily) -> None:
