@@ -48,7 +48,8 @@ class Ordering:
 
 ORDERINGS = (  # METHODS.md, section 10.2
     Ordering("DreamBooth is closer to the subject than textual inversion", "lora", "ti-1"),
-    Ordering("textual inversion is closer to the subject than the base", "ti-1", "base"),
+    Ordering("textual inversion of one vector is closer to the subject than the base", "ti-1", "base"),
+    Ordering("textual inversion of four vectors is closer to the subject than the base", "ti-4", "base"),
     Ordering("four vectors are closer to the subject than one", "ti-4", "ti-1"),
     Ordering("the right class noun is closer to the subject than a wrong one", "right-noun", "wrong-noun"),
     Ordering("a wrong class noun is closer to the subject than none", "wrong-noun", "no-noun"),
