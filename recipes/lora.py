@@ -5,6 +5,9 @@
 For a style, a set of things, or a subject where nothing needs to be held in place; for one subject from a handful of
 pictures, `recipes/dreambooth.py` adds prior preservation.
 
+The page is the same for all that differs in what is trained alone: recipes/full.py, textual_inversion.py, pivotal.py,
+custom_diffusion.py and hypernetwork.py run it.
+
 `adapter.kind` may be `lora`, with its variants DoRA, rsLoRA, LoRA+ and PiSSA, or `lokr`, `loha` or `oft`: they differ
 in what a change may look like; docs/methods/lora-family.md tells which is for what.
 
@@ -18,7 +21,7 @@ from finetune.batch import Batch
 from finetune.config import Recipe
 from finetune.config.command import run
 from finetune.data import prepare
-from finetune.denoise import denoising_error
+from finetune.denoise import PriorLoss, training_loss
 from finetune.distributed import start
 from finetune.families import load_family
 from finetune.finish import finish
@@ -34,8 +37,8 @@ def main(recipe: Recipe) -> None:
     if recipe.train.gradient_checkpointing:
         family.enable_gradient_checkpointing()
 
-    def loss(batch: Batch) -> Tensor:
-        return denoising_error(family, batch, recipe.seed).mean()
+    def loss(batch: Batch) -> PriorLoss | Tensor:
+        return training_loss(family, adapter, batch, recipe)  # recipes/dreambooth.py spells it out
 
     trainer = Trainer(recipe, processes, family.networks, adapter, loss)
     for batch in trainer.steps(batches):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.config import read_recipe
-from recipes import full, lora
+from recipes import dreambooth, full, lora
 
 WriteRecipe = Callable[..., Path]
 CONFIGS = sorted(Path("recipes/configs").glob("*.yaml"))
@@ -34,6 +34,30 @@ def test_a_page_without_prior_trains_and_its_files_verify(name: str, write_recip
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert any((tmp_path / "run" / "adapters").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "mixed", "model"])
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_preserves_the_prior_that_its_recipe_asks_for(
+    name: str, kind: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """A page that took `prior` and left it out of its loss would train on class images as if they were the subject."""
+    page, adapter = PAGES[name]
+    sampler = {"steps": 1}
+    prior = {"kind": "images", "count": 3, "layout": kind, "sampler": sampler} if kind != "model" else {"kind": kind}
+    logged = {}
+    for run, module in (("dreambooth", dreambooth), (name, page)):
+        output = tmp_path / run
+        module.main(read_recipe(write_recipe(recipe=run, adapter=adapter, prior=prior, output=str(output))))
+        rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        logged[run] = [(row["loss"], row["loss_prior"], row["loss_instance"]) for row in rows]
+    assert logged[name] == logged["dreambooth"]
+
+
+def test_a_page_that_runs_another_s_can_be_started_as_a_script() -> None:
+    command = [sys.executable, str(Path("recipes/pivotal.py").resolve()), "--config", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nowhere.yaml" in done.stderr
 
 
 @pytest.mark.slow
