@@ -19,8 +19,7 @@ from finetune.config import Recipe, read_recipe
 from finetune.config.adapters import new_words
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.data import decoding, wording
-from finetune.data.entries import subject_entries
-from finetune.data.framing import Framing
+from finetune.data.entries import Entry, Shape, shapes, subject_entries
 from finetune.data.sources import Concept, Picture, Survey, survey
 from finetune.errors import UserError, nearest
 
@@ -47,16 +46,6 @@ class Finding:
     kind: str
     text: str
     pictures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Pictures that are cut to one size, and the mean share of their area that is lost."""
-
-    width: int
-    height: int
-    pictures: int
-    cut_away: float
 
 
 @dataclass(frozen=True)
@@ -105,15 +94,16 @@ def diagnose(source: Path, overrides: Sequence[str] = (), resolution: int = 512)
     captioned = recipe is not None and recipe.adapter.kind != "aesthetic"  # which reads no captions
     found = survey(data, captioned=captioned, words=new_words(recipe.adapter) if recipe else None)
     pictures = {picture.id: picture for concept in found.concepts for picture in concept.pictures}
+    entries = list(itertools.chain.from_iterable(subject_entries(data, found.concepts)))
     findings = [Finding("refused", "refused", problem) for problem in found.problems]
     if recipe is not None and captioned:
-        findings += _unfit(recipe, found)
+        findings += _unfit(recipe, found, entries)
     findings += _looks(pictures.values())
-    findings += _sizes(pictures.values(), data)
+    findings += _sizes(entries)
     for concept in found.concepts:
         findings += _captions(concept, data)
     findings += _long(recipe, pictures.values(), data)
-    return Diagnosis(str(source), pictures, tuple(findings), tuple(_shapes(pictures.values(), data)))
+    return Diagnosis(str(source), pictures, tuple(findings), tuple(shapes(entries)))
 
 
 def _recipe(source: Path, overrides: Sequence[str]) -> Recipe:
@@ -123,11 +113,12 @@ def _recipe(source: Path, overrides: Sequence[str]) -> Recipe:
     return read_recipe(source, list(overrides))
 
 
-def _unfit(recipe: Recipe, found: Survey) -> Iterator[Finding]:
+def _unfit(recipe: Recipe, found: Survey, entries: Sequence[Entry]) -> Iterator[Finding]:
     """What a run refuses though every file is right: its resolution, masks that are cut away, words that are."""
     from finetune.data import preparation  # brings torch
     from finetune.data.batches import Batches
     from finetune.data.encode import Latents, Prompts
+    from finetune.data.prior import foreseen
     from finetune.families import load_family
 
     family = load_family(recipe.model)
@@ -136,14 +127,15 @@ def _unfit(recipe: Recipe, found: Survey) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("refused", "refused", str(error))
         return
-    for entry in itertools.chain.from_iterable(subject_entries(recipe, found.concepts)):
+    for entry in entries:
         for problem in preparation.lost_masks([entry], family.latent_scale):
             yield Finding("refused", "refused", problem, (entry.picture.id,))
     if found.problems:
         return
     prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
     try:
-        preparation.check_words(Batches(recipe, family, found.concepts, [], Latents(family, recipe.data), prompts))
+        classes = foreseen(recipe, found.concepts)
+        preparation.check_words(Batches(recipe, family, found.concepts, classes, Latents(family, recipe.data), prompts))
     except UserError as error:
         yield Finding("refused", "refused", str(error))
 
@@ -178,13 +170,16 @@ def _opened(picture: Picture) -> Image.Image:
     return decoding.rgb(decoding.decode(decoding.read(picture.path), picture.path))
 
 
-def _sizes(pictures: Iterable[Picture], data: DataConfig) -> Iterator[Finding]:
-    framing = Framing.of(data)
-    for picture in pictures:
-        width, height = picture.facts.width, picture.facts.height
-        scale = framing.crop(width, height).width / width
+def _sizes(entries: Sequence[Entry]) -> Iterator[Finding]:
+    """Pictures that are enlarged, and how much at their largest resolution."""
+    scales: dict[Picture, float] = {}
+    for entry in entries:
+        scale = entry.crop.width / entry.picture.facts.width
+        scales[entry.picture] = max(scale, scales.get(entry.picture, 0.0))
+    for picture, scale in scales.items():
         if scale > 1:
-            text = f"{picture.path.name} is {width} x {height} pixels, enlarged {scale:.2g} times for training"
+            size = f"{picture.facts.width} x {picture.facts.height} pixels"
+            text = f"{picture.path.name} is {size}, enlarged {scale:.2g} times for training"
             yield Finding("doubtful" if scale > 1.5 else "note", "small", text, (picture.id,))
 
 
@@ -250,17 +245,6 @@ def _by_tokens(recipe: Recipe) -> Any:
 
     family, found = load_family(recipe.model), new_words(recipe.adapter)
     return lambda text: family.caption_overflow(text, found.words if found else {})
-
-
-def _shapes(pictures: Iterable[Picture], data: DataConfig) -> Iterator[Shape]:
-    lost: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for side in (data.resolution, *data.more_resolutions):
-        framing = Framing.of(data, side)
-        for picture in pictures:
-            crop = framing.crop(picture.facts.width, picture.facts.height)
-            lost[crop.target].append(1 - crop.target.area / (crop.width * crop.height))
-    for (width, height), shares in sorted(lost.items()):
-        yield Shape(width, height, len(shares), sum(shares) / len(shares))
 
 
 def _names(pictures: Sequence[Picture]) -> str:

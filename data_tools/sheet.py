@@ -15,13 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finetune.config import Recipe
 from finetune.config.adapters import new_words
-from finetune.config.schema import ImagesPrior
-from finetune.data import decoding, images, sources
+from finetune.data import images, sources
 from finetune.data.batches import Batches
 from finetune.data.encode import Latents
 from finetune.data.entries import Entry
-from finetune.data.folders import picture_files
 from finetune.data.preparation import check_resolution
+from finetune.data.prior import foreseen
 from finetune.errors import UserError
 from finetune.evaluation.markup import Markup, document, join, picture, tag
 from finetune.families import load_family
@@ -58,7 +57,7 @@ def draws(recipe: Recipe, count: int) -> list[Shown]:
     family = load_family(recipe.model)
     check_resolution(recipe, family)
     concepts = sources.scan(recipe.data, words=new_words(recipe.adapter))
-    batches = Batches(recipe, family, concepts, _class_stand_ins(recipe), Latents(family, recipe.data), None)
+    batches = Batches(recipe, family, concepts, foreseen(recipe, concepts), Latents(family, recipe.data), None)
     found: list[Shown] = []
     for number in itertools.count():
         for one in batches.order.at(number):
@@ -71,18 +70,6 @@ def draws(recipe: Recipe, count: int) -> list[Shown]:
             if len(found) == count:
                 return found
     raise AssertionError("the order is endless")
-
-
-def _class_stand_ins(recipe: Recipe) -> list[sources.Picture]:
-    """Pictures as large as the class images of a run, which may not be drawn yet: sizes decide the order."""
-    prior, side = recipe.prior, recipe.data.resolution
-    if not isinstance(prior, ImagesPrior):
-        return []
-    folder = Path(prior.folder) if prior.folder else None
-    own = picture_files(folder, "prior.folder")[0] if folder is not None and folder.is_dir() else []
-    square = decoding.Facts(sha256="", bytes=0, width=side, height=side, transparent=False, frames=1)
-    facts = [decoding.inspect(path) for path in own] or [square] * prior.count
-    return [sources.Picture(f"class/{number}", Path(), ("",), one, prior=True) for number, one in enumerate(facts)]
 
 
 def _seen(entry: Entry, flipped: bool, scale: int, least: float) -> Image.Image:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.config import pivotal, wording
+from finetune.config import buckets, pivotal, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -55,7 +55,8 @@ class Contradiction(NamedTuple):
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Everything in ``recipe`` that cannot be meant."""
     yield from _concepts(recipe)
-    yield from (Contradiction(*found) for found in wording.contradictions(recipe))
+    for found in (*buckets.contradictions(recipe), *wording.contradictions(recipe)):
+        yield Contradiction(*found)
     yield from _prior(recipe)
     yield from _adapter(recipe)
     yield from _train(recipe)
@@ -159,7 +160,7 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
     for name in type(recipe.train).model_fields:
         if name not in ("device", "threads") and getattr(recipe.train, name) != getattr(TrainConfig(), name):
             yield Contradiction(("train", name), "has no part in an aesthetic embedding, which trains no weights")
-    for name in ("balance", "flip", "caption_dropout", "wording", "unmasked_weight"):
+    for name in ("balance", "flip", "buckets", "more_resolutions", "caption_dropout", "wording", "unmasked_weight"):
         if getattr(recipe.data, name):
             yield Contradiction(("data", name), "has no part in an aesthetic embedding: whole pictures are averaged")
     for index, concept in enumerate(recipe.data.concepts):

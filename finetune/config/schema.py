@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, model_validator
 
 from finetune.config.adapters import AdapterConfig
+from finetune.config.buckets import BucketsConfig
 from finetune.config.rates import Pair, last_step, parse
 from finetune.config.section import Fraction, Probability, Section, Text
 from finetune.config.wording import FolderName, WordingConfig
@@ -58,24 +59,6 @@ class ConceptConfig(Section):
             name = FolderName.of(Path(keys["folder"]).name)
             return {"repeats": name.repeats, **keys} if name else keys
         return keys
-
-
-class BucketsConfig(Section):
-    """Shapes that pictures are cut to, so that little of them is lost; squares alone where there is no such section."""
-
-    step: PositiveInt = 64
-    """Sides are multiples of it, in pixels."""
-    smallest: PositiveInt | None = None
-    """Shortest side; half the resolution where it is not set."""
-    largest: PositiveInt | None = None
-    """Longest side; twice the resolution where it is not set."""
-    upscale: bool = True
-    """Enlarge small pictures to fill a shape. Without it they keep their size, cut to multiples of `step`."""
-
-    def limits(self, resolution: int) -> tuple[int, int]:
-        """Shortest and longest side of a resolution's shapes, multiples of ``step``."""
-        shortest, longest = self.smallest or resolution // 2, self.largest or 2 * resolution
-        return max(self.step, -(-shortest // self.step) * self.step), longest // self.step * self.step
 
 
 class CacheConfig(Section):

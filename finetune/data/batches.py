@@ -56,9 +56,8 @@ class Batches:
         self.latents, self.prompts = latents, prompts
         train = recipe.train
         self.share = Share(train.batch_size, train.gradient_accumulation_steps, processes.rank, processes.world)
-        by_concept, self._classes = subject_entries(recipe, concepts), class_entries(recipe, classes)
-        classed = self._classes or by_concept[0][:1]  # a plan has none yet: any entry takes their place in the order
-        self.order = order(recipe, concepts, by_concept, classed, self.share.per_step)
+        by_concept, self._classes = subject_entries(recipe.data, concepts), class_entries(recipe.data, classes)
+        self.order = order(recipe, concepts, by_concept, self._classes, self.share.per_step)
         self._subjects = list(itertools.chain.from_iterable(by_concept))
         self.masked = any(entry.picture.mask is not None for entry in self._subjects)
         self._mask = lru_cache(MASKS)(lambda entry: images.mask(entry.picture, entry.crop, family.latent_scale))

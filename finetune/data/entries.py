@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune.config.schema import ImagesPrior, Recipe
-from finetune.data.framing import Crop, Framing
+from finetune.config.schema import DataConfig, ImagesPrior, Recipe
+from finetune.data.framing import Crop, Framing, Size
 from finetune.data.sampler import (
     CLASS_ORDER,
     MIXED_ORDER,
@@ -41,9 +42,34 @@ class Entry:
         return self.crop.target
 
 
-def subject_entries(recipe: Recipe, concepts: Sequence[Concept]) -> list[list[Entry]]:
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Pictures that are cut to one size in pixels.
+
+    Attributes:
+        cut_away: mean share of a picture's area that is lost.
+    """
+
+    width: int
+    height: int
+    pictures: int
+    cut_away: float
+
+
+def shapes(entries: Iterable[Entry]) -> list[Shape]:
+    """How many pictures are cut to each size, narrow ones first."""
+    lost: dict[Size, list[float]] = defaultdict(list)
+    for crop in (entry.crop for entry in entries):
+        lost[crop.target].append(1 - crop.target.area / (crop.width * crop.height))
+    return [
+        Shape(width=size.width, height=size.height, pictures=len(shares), cut_away=sum(shares) / len(shares))
+        for size, shares in sorted(lost.items())
+    ]
+
+
+def subject_entries(data: DataConfig, concepts: Sequence[Concept]) -> list[list[Entry]]:
     """Those of each concept: its pictures, one after the other, each at every resolution."""
-    framings = [Framing.of(recipe.data, side) for side in (recipe.data.resolution, *recipe.data.more_resolutions)]
+    framings = [Framing.of(data, side) for side in (data.resolution, *data.more_resolutions)]
     return [
         [
             Entry(picture, framing.crop(picture.facts.width, picture.facts.height), concept.config.class_prompt)
@@ -54,9 +80,9 @@ def subject_entries(recipe: Recipe, concepts: Sequence[Concept]) -> list[list[En
     ]
 
 
-def class_entries(recipe: Recipe, classes: Sequence[Picture]) -> list[Entry]:
+def class_entries(data: DataConfig, classes: Sequence[Picture]) -> list[Entry]:
     """Pictures of the class, at the first resolution."""
-    framing = Framing.of(recipe.data)
+    framing = Framing.of(data)
     return [Entry(picture, framing.crop(picture.facts.width, picture.facts.height)) for picture in classes]
 
 

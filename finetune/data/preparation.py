@@ -55,7 +55,9 @@ def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | Non
     processes = processes or Alone()
     check_resolution(recipe, family)
     concepts = sources.scan(recipe.data, words=new_words(recipe.adapter))
-    sources.refuse(lost_masks(itertools.chain.from_iterable(subject_entries(recipe, concepts)), family.latent_scale))
+    sources.refuse(
+        lost_masks(itertools.chain.from_iterable(subject_entries(recipe.data, concepts)), family.latent_scale)
+    )
     if recipe.prior.kind != "none":
         prior.class_prompts(concepts)
     if processes.rank == 0:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from finetune import files
 from finetune.config.schema import ImagesPrior, Recipe
 from finetune.data import decoding
 from finetune.data.cache import key, remove_stale
+from finetune.data.decoding import Facts
 from finetune.data.folders import picture_files
 from finetune.data.processes import Alone, Processes
 from finetune.data.sources import Concept, Picture, refuse
@@ -54,6 +55,28 @@ def class_images(
     for prompt in prompts:
         pictures += ClassImages(recipe, prior, family, prompt).fill(processes)
     return pictures
+
+
+def foreseen(recipe: Recipe, concepts: Sequence[Concept]) -> list[Picture]:
+    """The class images of a run before any is drawn: a person's own, or as many squares, which have no files yet.
+
+    Raises:
+        UserError: as ``class_images``.
+    """
+    prior, side = recipe.prior, recipe.data.resolution
+    if not isinstance(prior, ImagesPrior):
+        return []
+    prompts = class_prompts(concepts)
+    if prior.folder is not None and (own := _own(prior, Path(prior.folder), prompts)):
+        return own
+    names = [(prompt, _name(index)) for prompt in prompts for index in range(prior.count)]
+    square = Facts(sha256="", bytes=0, width=side, height=side, transparent=False, frames=1)
+    return [
+        Picture(
+            f"class: {prompt}/{name}", Path(name), (prompt,), replace(square, sha256=f"{prompt}/{name}"), prior=True
+        )
+        for prompt, name in names
+    ]
 
 
 def class_prompts(concepts: Sequence[Concept]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,12 +26,11 @@ from finetune.config.summary import summary
 from finetune.data import sources
 from finetune.data.batches import Batches
 from finetune.data.encode import Latents, Prompts
-from finetune.data.entries import draws_per_epoch
+from finetune.data.entries import draws_per_epoch, shapes, subject_entries
 from finetune.data.folders import picture_files
-from finetune.data.framing import Crop, Size
 from finetune.data.preparation import check_resolution
 from finetune.data.prior import ClassImages as Drawing
-from finetune.data.prior import class_prompts
+from finetune.data.prior import class_prompts, foreseen
 from finetune.data.processes import Alone
 from finetune.errors import UserError
 from finetune.export.kinds import aesthetic, embedding, full, hypernetwork, lora, lycoris, pivotal
@@ -38,7 +38,7 @@ from finetune.export.read import MODEL
 from finetune.families import load_family, model_folder
 from finetune.families.tokens import check_trigger
 from finetune.family import ModelFamily
-from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan, Shape
+from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
 from finetune.plan.memory import adaptation, estimate
 from finetune.plan.skeleton import fill, parameters
 from finetune.train.checkpoint import newest
@@ -67,7 +67,8 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     }
     latents = Latents(family, recipe.data)
     prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
-    batches = Batches(recipe, family, found, [], latents, prompts, Alone(world=processes))
+    classes = foreseen(recipe, found)
+    batches = Batches(recipe, family, found, classes, latents, prompts, Alone(world=processes))
     class_images = tuple(_class_images(recipe, family, found))
     return Plan(
         summary=summary(recipe),
@@ -76,10 +77,10 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         networks=networks,
         trainable=trainable,
         concepts=tuple(map(_concept, found)),
-        shapes=tuple(_shapes(batches)),
+        shapes=tuple(shapes(itertools.chain.from_iterable(subject_entries(recipe.data, found)))),
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
-        caches=tuple(_caches(recipe, family, batches, class_images)),
+        caches=tuple(_caches(recipe, family, batches)),
         memory=estimate(recipe, family, networks, sum(trainable.values()), processes),
         output=_output(recipe),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
@@ -125,15 +126,6 @@ def _concept(found: sources.Concept) -> Concept:
     )
 
 
-def _shapes(batches: Batches) -> Iterator[Shape]:
-    by_size: dict[Size, list[Crop]] = {}
-    for entry in batches.entries:
-        by_size.setdefault(entry.crop.target, []).append(entry.crop)
-    for size, crops in sorted(by_size.items()):
-        lost = sum(1 - size.area / (crop.width * crop.height) for crop in crops) / len(crops)
-        yield Shape(width=size.width, height=size.height, pictures=len(crops), cut_away=lost)
-
-
 def _arithmetic(recipe: Recipe, found: Sequence[sources.Concept], processes: int) -> Arithmetic:
     train, prior = recipe.train, recipe.prior
     draws = train.batch_size * train.gradient_accumulation_steps * processes
@@ -164,28 +156,24 @@ def _class_images(recipe: Recipe, family: ModelFamily, found: Sequence[sources.C
         yield ClassImages(prompt=prompt, folder=str(folder), needed=prior.count, present=min(present, prior.count))
 
 
-def _caches(
-    recipe: Recipe, family: ModelFamily, batches: Batches, class_images: Sequence[ClassImages]
-) -> Iterator[Cache]:
-    cache, prior = recipe.data.cache, recipe.data.resolution**2
+def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[Cache]:
+    cache = recipe.data.cache
     flips = (False, True) if recipe.data.flip else (False,)
     if cache.latents:
         store = batches.latents.store
         vae: Any = family.networks["vae"]
-        missing = len(flips) * sum(images.needed for images in class_images)
         key = batches.latents.key
         areas = {key(one.picture, one.crop, flip): one.crop.target.area for one in batches.entries for flip in flips}
         yield Cache(
             kind="pictures",
             folder=str(store.folder),
-            entries=len(areas) + missing,
+            entries=len(areas),
             present=sum(store.path(key).is_file() for key in areas),
-            bytes=(sum(areas.values()) + missing * prior)
-            // family.latent_scale**2
-            * (2 * vae.config.latent_channels * FLOAT),  # mean and logvar
+            # mean and logvar
+            bytes=sum(areas.values()) // family.latent_scale**2 * 2 * vae.config.latent_channels * FLOAT,
         )
     if cache.text and batches.prompts is not None:
-        captions = {*batches.final_captions, *(images.prompt for images in class_images)}
+        captions = batches.final_captions
         one = family.encode_prompt([""])  # on skeletons: shapes alone
         size = sum(tensor.nbytes for tensor in vars(one).values() if tensor is not None)
         yield Cache(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.data.entries import Shape
+
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
@@ -28,20 +30,6 @@ class Concept:
     bytes: int
     trigger: str | None
     class_prompt: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Pictures that are cut to one size in pixels, at all resolutions.
-
-    Attributes:
-        cut_away: mean share of a picture's area that is lost.
-    """
-
-    width: int
-    height: int
-    pictures: int
-    cut_away: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     ]
     yield "trains", trained or ["nothing"]
     yield "pictures", [line for concept in plan.concepts for line in _concept(concept)]
-    if len(plan.shapes) > 1:
+    if len(plan.shapes) > 1 or any(shape.cut_away > 0.01 for shape in plan.shapes):
         yield (
             "shapes",
             [

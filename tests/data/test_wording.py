@@ -257,14 +257,16 @@ def test_too_many_captions_to_encode_ahead_are_refused_unless_the_encoder_stays(
 
 def test_a_plan_lists_captions_before_there_are_class_images(make_recipe: Make, folder: Folder, fake: Any) -> None:
     from finetune.data.encode import Latents, Prompts
+    from finetune.data.prior import foreseen
 
     photos = folder(3)
     for layout in ("pairwise", "mixed"):
         prior = {"kind": "images", "count": 4, "sampler": {"steps": 1}, "layout": layout}
         recipe, family = worded_recipe(make_recipe, photos, prior=prior), fake()
         parts = (Latents(family, recipe.data), Prompts(family, recipe.data))
-        planned = Batches(recipe, family, scan(recipe.data), [], *parts).final_captions
-        assert {*planned, "a star"} == set(prepare(recipe, family).final_captions)
+        concepts = scan(recipe.data)
+        planned = Batches(recipe, family, concepts, foreseen(recipe, concepts), *parts).final_captions
+        assert {*planned, "a star"} == set(planned) == set(prepare(recipe, family).final_captions)
 
 
 def test_words_and_triggers_count_as_draws_write_them(folder: Folder) -> None:
