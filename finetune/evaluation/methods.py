@@ -25,7 +25,7 @@ from finetune.errors import GuardError, UserError, nearest
 from finetune.evaluation import comparison, findings, trials
 from finetune.evaluation.machine import machine, versions
 from finetune.evaluation.taught import Taught
-from finetune.evaluation.trials import Outcome
+from finetune.evaluation.trials import Outcome, numbers, words
 
 CONFIGS = Path("recipes/configs")
 PRIOR = "prior={kind: images, count: 64, sampler: {steps: 20, guidance: 3.0}}"
@@ -248,12 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def words(text: str) -> list[str]:
-        return [word.strip() for word in text.split(",") if word.strip()]
-
-    def numbers(text: str) -> list[int]:
-        return [int(word) for word in words(text)]
-
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m finetune.evaluation.methods", description=summary)
     parser.add_argument("--subjects", type=numbers, default=[101, 102, 103, 104, 105], help="seeds, with commas")

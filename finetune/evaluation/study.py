@@ -20,6 +20,7 @@ from finetune import files
 from finetune.errors import GuardError, UserError, nearest
 from finetune.evaluation.machine import machine, versions
 from finetune.evaluation.protocol import Evaluation
+from finetune.evaluation.trials import numbers, words
 from finetune.evaluation.trials import run as run_once
 
 METHODS: dict[str, tuple[str, ...]] = {  # what each changes in the recipe
@@ -126,12 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def words(text: str) -> list[str]:
-        return [word.strip() for word in text.split(",") if word.strip()]
-
-    def numbers(text: str) -> list[int]:
-        return [int(word) for word in words(text)]
-
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m finetune.evaluation.study", description=summary)
     parser.add_argument("--subjects", type=numbers, default=[101, 102, 103, 104, 105], help="seeds, with commas")

@@ -55,6 +55,16 @@ def run(name: str, command: Sequence[str], out: Path) -> Outcome:
     return Outcome(cost["seconds"], cost["peak_memory"], Evaluation.read(folder))
 
 
+def words(text: str) -> list[str]:
+    """A command's list of names, with commas between them."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    """A command's list of seeds, with commas between them."""
+    return [int(word) for word in words(text)]
+
+
 def side_by_side(work: Callable[[One], Found], items: Sequence[One], jobs: int = 1) -> Iterator[Found]:
     """``work`` of every item, in their order, ``jobs`` of them at a time."""
     with ThreadPoolExecutor(max_workers=jobs) as pool:

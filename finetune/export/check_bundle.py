@@ -13,7 +13,7 @@ from finetune.errors import GuardError
 from finetune.export import kohya
 from finetune.export.bundle import Parts, load_bundle, pack, parts_of, unpack
 from finetune.export.checks import Report, quiet
-from finetune.export.compare import TOLERANCE, answer, close, mapped
+from finetune.export.compare import TOLERANCE, answer, close, identical, mapped
 from finetune.export.layers import Layer, applied, check
 from finetune.export.read import Identity, read_tensors
 from finetune.family import ModelFamily
@@ -45,12 +45,7 @@ def check_file(
 
 def _same(tensors: dict[str, Tensor], weights: Weights, family: ModelFamily) -> str:
     wanted = pack(*parts_of(weights), family.export_names, next(iter(tensors.values())).dtype)
-    if differing := wanted.keys() ^ tensors.keys():
-        raise GuardError(f"{min(differing)} is in one of file and memory alone")
-    for key, tensor in wanted.items():
-        if not torch.equal(tensor, tensors[key]):
-            raise GuardError(f"{key} differs from what was trained")
-    return f"bit for bit, {len(tensors)} tensors"
+    return identical(tensors, wanted)
 
 
 def _widths(held: Parts, family: ModelFamily) -> str:

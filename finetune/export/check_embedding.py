@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from finetune.export.base import load_base
 from finetune.export.checks import Report, quiet
 from finetune.export.embedding import Stored, file_stem, read
 from finetune.export.layers import check
+from finetune.export.pickles import check_archive
 from finetune.export.read import Identity
 from finetune.family import ModelFamily
 
@@ -35,7 +35,7 @@ def check_file(
     if expected is not None:
         report.run("equal to memory", lambda: _trained(found.path, stored, expected))
     if found.path.suffix == ".pt":
-        report.run("archive", lambda: _archive(found.path))
+        report.run("archive", lambda: check_archive(found.path))
     for tool in against:
         if tool != "diffusers":
             report.run(tool, lambda tool=tool: _called(tool, found, stored))  # type: ignore[misc]
@@ -72,16 +72,6 @@ def _moved(stored: Stored) -> str:
     if not bool(stored.rows.any()):
         raise GuardError("nothing was learned: every number is zero")
     return "not zero" if stored.moved is None else f"{stored.moved:.3g} from where it began"
-
-
-def _archive(path: Path) -> str:
-    """What A1111's own check of a ``.pt`` lets pass."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name.partition("/")[2] for name in archive.namelist()]
-    for name in names:
-        if name not in ("data.pkl", "version") and not name.startswith("data/"):
-            raise GuardError(f"the archive holds {name!r}, which A1111's check for code refuses")
-    return "plain values and tensors, nothing that A1111's check for code refuses"
 
 
 def _called(tool: str, found: Identity, stored: Stored) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from finetune.export.checks import Report
 from finetune.export.compare import answer, close
 from finetune.export.hypernetwork import Stored, comfyui_objection, load_hypernetwork, read
 from finetune.export.layers import check
+from finetune.export.pickles import check_archive
 from finetune.export.read import Identity
 from finetune.family import ModelFamily
 from finetune.hypernet import Hypernetwork, attach
@@ -41,7 +41,7 @@ def check_file(
     if expected is not None:
         report.run("equal to memory", lambda: require_same(found.path, expected))
     if found.layout == "a1111":
-        report.run("archive", lambda: _archive(found.path))
+        report.run("archive", lambda: check_archive(found.path))
         objection, required = comfyui_objection(stored.structure), "comfyui" in against
         report.run("comfyui", lambda: _comfyui(objection, required))
     for tool in against:
@@ -109,18 +109,6 @@ def _learned(network: Hypernetwork) -> str:
     if not adding:
         raise GuardError("nothing was learned: every network adds nothing at all")
     return f"{len(adding)} of {2 * len(network)} networks add something"
-
-
-def _archive(path: Path) -> str:
-    """What A1111's own check of a ``.pt`` lets pass."""
-    if not zipfile.is_zipfile(path):
-        return "of the old form, before torch wrote archives"
-    with zipfile.ZipFile(path) as archive:
-        names = [name.partition("/")[2] for name in archive.namelist()]
-    for name in names:
-        if name not in ("data.pkl", "version") and not name.startswith("data/"):
-            raise GuardError(f"the archive holds {name!r}, which A1111's check for code refuses")
-    return "plain values and tensors, nothing that A1111's check for code refuses"
 
 
 def _comfyui(objection: str | None, required: bool) -> str:

@@ -14,7 +14,7 @@ from finetune.adapter import Weights
 from finetune.errors import GuardError
 from finetune.export import kohya
 from finetune.export.checks import Report, quiet
-from finetune.export.compare import TOLERANCE, answer, close, difference, mapped
+from finetune.export.compare import TOLERANCE, answer, close, difference, identical, mapped
 from finetune.export.layers import Layer, applied, check, check_learned, check_shape, layers
 from finetune.export.metadata import OWN
 from finetune.export.read import Identity, read_tensors
@@ -89,13 +89,7 @@ def _same(found: Identity, tensors: dict[str, Tensor], family: ModelFamily, weig
     """Every tensor of the file is, bit for bit, what these weights are written as. Returns the weights' layers."""
     expected = layers(weights)
     wanted = found.format.pack(expected, family.export_names, next(iter(tensors.values())).dtype)
-    if missing := wanted.keys() - tensors.keys():
-        raise GuardError(f"{len(missing)} tensors are missing, for example {min(missing)}")
-    if extra := tensors.keys() - wanted.keys():
-        raise GuardError(f"{len(extra)} tensors are not part of what was trained, for example {min(extra)}")
-    for key, tensor in wanted.items():
-        if not torch.equal(tensor, tensors[key]):
-            raise GuardError(f"{key} differs from what was trained")
+    identical(tensors, wanted)
     return expected
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.errors import GuardError
 from finetune.export import lycoris_peft
 from finetune.export.checks import Report, quiet
-from finetune.export.compare import TOLERANCE, answer, close, mapped
+from finetune.export.compare import TOLERANCE, answer, close, identical, mapped
 from finetune.export.layers import check
 from finetune.export.lycoris import Change, check_learned, replaced
 from finetune.export.lycoris_kohya import unpack
@@ -55,7 +55,7 @@ def check_file(
     wanted = changes
     if expected is not None:
         wanted, file = expected(dtypes[0])
-        report.run("equal to memory", lambda: _same(tensors, file))
+        report.run("equal to memory", lambda: identical(tensors, file))
     if not report.passed:
         return
     family.require("denoiser", "text_encoder")
@@ -81,18 +81,6 @@ def _header(found: Identity, changes: Sequence[Change]) -> str:
         raise GuardError(f"the header says {stated} layers, the file holds {len(changes)}")
     kinds = ", ".join(sorted({change.algorithm for change in changes}))
     return f"{kinds}, base {found.base or 'not named'}, {stated or 'unstated'} layers"
-
-
-def _same(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Every tensor of the file is, bit for bit, what was trained."""
-    if missing := wanted.keys() - tensors.keys():
-        raise GuardError(f"{len(missing)} tensors are missing, for example {min(missing)}")
-    if extra := tensors.keys() - wanted.keys():
-        raise GuardError(f"{len(extra)} tensors are not part of what was trained, for example {min(extra)}")
-    for key, tensor in wanted.items():
-        if not torch.equal(tensor, tensors[key]):
-            raise GuardError(f"{key} differs from what was trained")
-    return f"bit for bit, {len(wanted)} tensors"
 
 
 def _shapes(changes: Sequence[Change], family: ModelFamily) -> str:

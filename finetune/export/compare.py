@@ -36,6 +36,22 @@ def mapped(
     return f"{len(stems)} of {len(stems)} layers have a place{note}"
 
 
+def identical(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Whether a file's tensors are, bit for bit, what was trained, and no others are there.
+
+    Raises:
+        GuardError: they are not.
+    """
+    if missing := wanted.keys() - tensors.keys():
+        raise GuardError(f"{len(missing)} tensors are missing, for example {min(missing)}")
+    if extra := tensors.keys() - wanted.keys():
+        raise GuardError(f"{len(extra)} tensors are not part of what was trained, for example {min(extra)}")
+    for key, tensor in wanted.items():
+        if not torch.equal(tensor, tensors[key]):
+            raise GuardError(f"{key} differs from what was trained")
+    return f"bit for bit, {len(wanted)} tensors"
+
+
 def close(got: Tensor, wanted: Tensor, base: Tensor, tolerance: float) -> str:
     """Whether two answers are equal, measured by how large they are, and differ from the base model's.
 

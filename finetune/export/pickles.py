@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from finetune.errors import GuardError
 from finetune.files import replacing
 
 _KEPT = re.compile(r"[^/]+/(data\.pkl|version|data/\d+)")
@@ -30,3 +31,19 @@ def write_pickle(path: Path, content: Any) -> None:
         for name in source.namelist():
             if found := _KEPT.fullmatch(name):
                 target.writestr(zipfile.ZipInfo(f"archive/{found[1]}"), source.read(name))
+
+
+def check_archive(path: Path) -> str:
+    """Whether A1111's own check of a ``.pt`` lets a file pass.
+
+    Raises:
+        GuardError: it does not.
+    """
+    if not zipfile.is_zipfile(path):
+        return "of the old form, before torch wrote archives"
+    with zipfile.ZipFile(path) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+    for name in names:
+        if name not in ("data.pkl", "version") and not name.startswith("data/"):
+            raise GuardError(f"the archive holds {name!r}, which A1111's check for code refuses")
+    return "plain values and tensors, nothing that A1111's check for code refuses"
