@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from data_tools.likeness import BLURRED, alike, around, copies, look, sharpness
+from data_tools.likeness import BLURRED, Look, alike, around, copies, look, sharpness
 from finetune.config import Recipe, read_recipe
 from finetune.config.adapters import new_words
 from finetune.config.schema import ConceptConfig, DataConfig
@@ -55,11 +55,13 @@ class Diagnosis:
     Attributes:
         source: the folder or recipe.
         pictures: those that can be used, by id.
+        sharpness: of each of them (``likeness.sharpness``).
         dropped: how many of them a run would leave out, which is none: it refuses or uses what it finds.
     """
 
     source: str
     pictures: dict[str, Picture]
+    sharpness: dict[str, float]
     findings: tuple[Finding, ...]
     shapes: tuple[Shape, ...]
     dropped: int = 0
@@ -73,6 +75,7 @@ class Diagnosis:
         return {
             "source": self.source,
             "pictures": len(self.pictures),
+            "sharpness": self.sharpness,
             "dropped": self.dropped,
             "findings": [asdict(finding) for finding in self.findings],
             "shapes": [asdict(shape) for shape in self.shapes],
@@ -98,12 +101,19 @@ def diagnose(source: Path, overrides: Sequence[str] = (), resolution: int = 512)
     findings = [Finding("refused", "refused", problem) for problem in found.problems]
     if recipe is not None and captioned:
         findings += _unfit(recipe, found, entries)
-    findings += _looks(pictures.values())
+    looks: list[Look] = []
+    sharp: dict[str, float] = {}
+    for name, picture in pictures.items():
+        image = _opened(picture)
+        looks.append(look(image))
+        sharp[name] = sharpness(image)
+    findings += _copies(list(pictures.values()), looks)
+    findings += _blurred(pictures, sharp)
     findings += _sizes(entries)
     for concept in found.concepts:
         findings += _captions(concept, data)
     findings += _long(recipe, pictures.values(), data)
-    return Diagnosis(str(source), pictures, tuple(findings), tuple(shapes(entries)))
+    return Diagnosis(str(source), pictures, sharp, tuple(findings), tuple(shapes(entries)))
 
 
 def _recipe(source: Path, overrides: Sequence[str]) -> Recipe:
@@ -140,16 +150,7 @@ def _unfit(recipe: Recipe, found: Survey, entries: Sequence[Entry]) -> Iterator[
         yield Finding("refused", "refused", str(error))
 
 
-def _looks(pictures: Iterable[Picture]) -> Iterator[Finding]:
-    """Copies and blurred pictures."""
-    pictures = list(pictures)
-    looks, blurred = [], []
-    for picture in pictures:
-        image = _opened(picture)
-        looks.append(look(image))
-        if (sharp := sharpness(image)) < BLURRED:
-            blurred.append((sharp, picture))
-
+def _copies(pictures: Sequence[Picture], looks: Sequence[Look]) -> Iterator[Finding]:
     def certain(one: int, other: int) -> bool:
         return alike(looks[one], looks[other])
 
@@ -161,9 +162,14 @@ def _looks(pictures: Iterable[Picture]) -> Iterator[Finding]:
             ("copies", "are the same file") if same else ("near copies", "are copies, scaled or compressed anew")
         )
         yield Finding("doubtful", kind, f"{_names(some)} {said}: each counts in training", _ids(some))
-    for sharp, picture in sorted(blurred, key=lambda one: one[0]):
-        said = "of one colour" if sharp == 0 else f"blurred (sharpness {sharp:.4f}, photographs have 0.05 and more)"
-        yield Finding("doubtful", "blurred", f"{picture.path.name} is {said}", (picture.id,))
+
+
+def _blurred(pictures: Mapping[str, Picture], sharp: Mapping[str, float]) -> Iterator[Finding]:
+    """The most blurred first."""
+    for name, value in sorted(sharp.items(), key=lambda one: one[1]):
+        if value < BLURRED:
+            said = "of one colour" if value == 0 else f"blurred (sharpness {value:.4f}, below {BLURRED})"
+            yield Finding("doubtful", "blurred", f"{pictures[name].path.name} is {said}", (name,))
 
 
 def _opened(picture: Picture) -> Image.Image:

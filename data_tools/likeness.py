@@ -22,8 +22,7 @@ DIFFERENCE = 6.0
 """Mean difference of copies' values in a picture of 16 x 16, of 255."""
 
 BLURRED = 0.01
-"""Sharpness below which a picture is called blurred. Photographs have 0.05 to 0.5, and less than 0.005 when they are
-blurred by a hundredth of their side."""
+"""Sharpness below which a picture is called blurred, as a photograph is that was blurred by a hundredth of its side."""
 
 BITS, SIDE = 64, 16
 PAIRS = 1 << 22  # compared at a time

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from finetune import files
-from finetune.config.schema import Recipe
+from finetune.config.schema import NoPrior, Recipe
 from finetune.data import class_images, decoding, scan
-from finetune.data.prior import ClassImages
+from finetune.data.prior import ClassImages, foreseen
 from finetune.errors import GuardError, UserError
 from finetune.family import ModelFamily
 
@@ -38,6 +38,18 @@ def recipe(make_recipe: Make, folder: Callable[..., Path]) -> Recipe:
 
 def draw(recipe: Recipe, family: Any, processes: Any = None) -> Path:
     return class_images(recipe, family, scan(recipe.data), processes)[0].path.parent
+
+
+def test_images_are_foreseen_as_they_will_be(recipe: Recipe, fake: Any) -> None:
+    """A plan, a doctor and a sheet see the order and the captions of the run without drawing anything."""
+    concepts = scan(recipe.data)
+    expected, family = foreseen(recipe, concepts), fake()
+    drawn = class_images(recipe, family, concepts)
+    for one, other in zip(expected, drawn, strict=True):
+        assert (one.id, one.captions, one.prior) == (other.id, other.captions, True)
+        assert (one.facts.width, one.facts.height) == (other.facts.width, other.facts.height)
+    assert len({one.facts.sha256 for one in expected}) == 7
+    assert foreseen(recipe.model_copy(update={"prior": NoPrior(kind="none")}), concepts) == []
 
 
 def test_a_real_model_draws_them_once_and_bit_for_bit_again(recipe: Recipe, tiny_family: ModelFamily) -> None:

@@ -135,6 +135,8 @@ def test_the_command_ends_as_a_run_would(photos: Path, tmp_path: Path) -> None:
     wrong = runner.invoke(app, ["data", "doctor", str(photos), "--json"])
     record = json.loads(wrong.stdout)
     assert wrong.exit_code == 2 and record["pictures"] == 5 and record["dropped"] == 0
+    assert record["sharpness"].keys() == {"0/0.png", "0/1.png", "0/2.png", "0/3.png", "0/again.png"}
+    assert record["sharpness"]["0/1.png"] == record["sharpness"]["0/again.png"] > 0.1
     assert {finding["level"] for finding in record["findings"]} == {"refused", "doubtful"}
 
 
