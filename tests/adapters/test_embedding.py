@@ -15,6 +15,8 @@ from finetune.errors import UserError
 from finetune.families import load_family
 from finetune.tinyworld.tokenizer import build
 
+# METHODS 2.9
+
 
 def test_a_word_of_three_vectors_is_three_tokens(tiny_sd: Path) -> None:
     """METHODS 2.9: "a <t> <t>_1 <t>_2 x" encodes to [bos, a, id0, id1, id2, x, eos]; 0.2 fact 12."""
@@ -82,6 +84,9 @@ def test_the_pooled_output_is_that_of_the_end(tiny_sd: Path, tmp_path: Path, sto
     assert end == 5
     assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, end])
     assert encoder.config.eos_token_id == tokenizer.eos_token_id
+
+
+# METHODS 2.1
 
 
 def test_initializers_are_taken_in_turn(tiny_sd: Path) -> None:

@@ -20,6 +20,8 @@ from finetune.families.tiny import WIDTH
 from finetune.family import Vocabulary
 from finetune.tinyworld.tokenizer import build
 
+# METHODS 2.9
+
 
 def test_only_new_rows_learn(tiny_sd: Path) -> None:
     """METHODS 2.9: only new rows get gradient; after 20 steps of AdamW with decay all else is bit-equal."""
@@ -106,6 +108,9 @@ def test_rows_that_no_caption_holds_yet_stay(tiny_sd: Path) -> None:
     assert (parameter != start).any(1).tolist() == [True, True, False, True]
 
 
+# METHODS 2.2, 2.3
+
+
 def test_regularisation_is_the_mean_squared_way_from_the_start(tiny_sd: Path) -> None:
     """METHODS 2.2: lambda |V - V0|^2 / n, with gradient."""
     _, without = attached(tiny_sd)
@@ -186,6 +191,9 @@ def test_weights_come_back_bit_for_bit(tiny_sd: Path) -> None:
         other.load({"text_encoder.<t>": weights.tensors["text_encoder.<t>"]})
 
 
+# METHODS 2.8
+
+
 def test_gradient_checkpointing_acts_although_the_denoiser_does_not_train(tiny_sd: Path) -> None:
     """METHODS 2.8: memory is saved in the denoiser, which stays in eval(), and the gradient is the same."""
     family, adapter = attached(tiny_sd)
@@ -223,6 +231,9 @@ def test_train_and_eval_are_the_same(tiny_sd: Path) -> None:
     before = encoded(family, "a <t>")
     family.networks["text_encoder"].train()
     assert torch.equal(encoded(family, "a <t>"), before)
+
+
+# METHODS 2.5
 
 
 def test_two_text_encoders_have_vectors_of_their_own(tiny_sd: Path) -> None:
