@@ -13,14 +13,25 @@ from finetune.errors import UserError
 from finetune.families import load_family
 
 
+def require_draws(recipe: Recipe) -> None:
+    """Refuse a recipe that takes no steps, and so draws no batches.
+
+    Raises:
+        UserError: it makes an aesthetic embedding.
+    """
+    if recipe.adapter.kind == "aesthetic":
+        raise UserError("an aesthetic embedding averages whole pictures: nothing is cut, captioned or encoded ahead")
+
+
 def fill(recipe: Recipe) -> dict[str, Any]:
     """Fill the caches that a run of ``recipe`` reads, and count what is in them.
 
     Each phase loads what it needs and frees it: while pictures are encoded there is no denoiser in memory.
 
     Raises:
-        UserError: everything that is wrong with the pictures, or nothing of the recipe is cached.
+        UserError: everything that is wrong with the pictures, or nothing of the recipe is cached or drawn.
     """
+    require_draws(recipe)
     cache = recipe.data.cache
     if not cache.latents and not cache.text:
         raise UserError("data.cache: latents and text are off, so there is nothing to fill")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from data_tools.caches import require_draws
 from finetune.config import Recipe
 from finetune.config.adapters import new_words
 from finetune.data import images, sources
@@ -52,8 +53,9 @@ def draws(recipe: Recipe, count: int) -> list[Shown]:
     """The first ``count`` draws of subject pictures, in the run's order.
 
     Raises:
-        UserError: everything that is wrong with the pictures.
+        UserError: everything that is wrong with the pictures, or the recipe draws none.
     """
+    require_draws(recipe)
     family = load_family(recipe.model)
     check_resolution(recipe, family)
     concepts = sources.scan(recipe.data, words=new_words(recipe.adapter))

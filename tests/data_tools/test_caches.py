@@ -86,3 +86,9 @@ def test_what_makes_no_sense_is_refused(recipe_file: Path) -> None:
         caches.fill(read_recipe(recipe_file, ["data.cache.latents=false", "data.cache.text=false"]))
     with pytest.raises(UserError, match="class images belong to 'images'"):
         caches.draw_class_images(read_recipe(recipe_file, ["prior={kind: model}"]))
+
+
+@pytest.mark.parametrize("verb", ["cache", "sheet"])
+def test_a_recipe_that_takes_no_steps_has_nothing_to_show_or_to_fill(verb: str) -> None:
+    found = CliRunner().invoke(app, ["data", verb, "recipes/configs/aesthetic-tiny.yaml"])
+    assert found.exit_code != 0 and "averages whole pictures" in str(found.exception)
