@@ -3,8 +3,8 @@
     accelerate launch recipes/full.py --config recipes/configs/full-tiny.yaml
     accelerate launch recipes/full.py --config recipes/configs/full-tiny.yaml adapter.select=cross-attention
 
-Writes a whole model, or of a selection a small delta. For a domain or a style with many pictures; `recipes/dreambooth.py` with `adapter.kind=full` is
-the same for one subject, with prior preservation.
+Writes a whole model, or of a selection a small delta. For a domain or a style with many pictures;
+`recipes/dreambooth.py` with `adapter.kind=full` spells out the same for one subject.
 """
 
 from finetune.config.command import run
