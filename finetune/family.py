@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -93,6 +94,8 @@ class Sites:
         vocabularies: tokenizers and their embedding tables; for textual inversion.
         shared_space: finds the space that the text encoder shares with pictures, given the name of its CLIP where the
             family cannot know it; for aesthetic embeddings.
+        unread: network -> regular expressions searched in names of what nothing reads: a text encoder's last layer where
+            the denoiser is given the state before it. It would never learn, so methods leave it out.
     """
 
     linears: Mapping[str, Mapping[str, Sequence[str]]]
@@ -102,6 +105,12 @@ class Sites:
     shared_space: Callable[[str | None], SharedSpace] | Unsupported = Unsupported(
         "no CLIP is known that its prompts and pictures have in common"
     )
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def read(self, network: str, names: Iterable[str]) -> list[str]:
+        """Those of a network's ``names`` that have a part in the denoiser's answer."""
+        patterns = self.unread.get(network, ())
+        return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 @dataclass(frozen=True)

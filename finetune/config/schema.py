@@ -19,7 +19,7 @@ class ModelConfig(Section):
 
     path: Text = "tinyworld"
     """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
-    family: Literal["sd"] | None = None
+    family: Text | None = None
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None
     """Commit or tag of a hub model."""
