@@ -66,6 +66,16 @@ class Vocabulary:
         return caption
 
 
+def pool_at_end(encoder: Any, tokenizer: Any) -> None:
+    """Let a CLIP text encoder take its pooled answer at the end of the text.
+
+    Published settings name another token, and transformers then takes the place of the highest id: that of a new word.
+    """
+    for part in (encoder, getattr(encoder, "text_model", encoder)):
+        if hasattr(part, "eos_token_id"):
+            part.eos_token_id = part.config.eos_token_id = tokenizer.eos_token_id
+
+
 @dataclass(frozen=True)
 class SharedSpace:
     """The CLIP that a text encoder was taken from: text and pictures become vectors that can be compared.
@@ -94,8 +104,8 @@ class Sites:
         vocabularies: tokenizers and their embedding tables; for textual inversion.
         shared_space: finds the space that the text encoder shares with pictures, given the name of its CLIP where the
             family cannot know it; for aesthetic embeddings.
-        unread: network -> regular expressions searched in names of what nothing reads: a text encoder's last layer where
-            the denoiser is given the state before it. It would never learn, so methods leave it out.
+        unread: network -> regular expressions searched in names of what nothing reads: a text encoder's last layer
+            where the denoiser is given the state before it. It would never learn, so methods leave it out.
     """
 
     linears: Mapping[str, Mapping[str, Sequence[str]]]
@@ -122,11 +132,13 @@ class ExportNames:
         kohya: prefix in kohya's files ("lora_unet", "lora_te").
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
+        words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
     """
 
     diffusers: str
     kohya: str
     missing_level: str = ""
+    words: str = ""
 
 
 class ModelFamily(Protocol):
@@ -145,6 +157,7 @@ class ModelFamily(Protocol):
     text_encoders: Sequence[str]  # names of the networks that read prompts
     pixel_multiple: int  # image sides must divide by this
     latent_scale: int  # pixels per latent cell along a side
+    latent_channels: int  # numbers per latent cell, as the autoencoder has them
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set

@@ -178,8 +178,12 @@ def read(path: Path, names: Mapping[str, ExportNames]) -> Weights:
     if found.kind == "embedding":
         from finetune.export.embedding import read as read_word
 
-        word, network = read_word(found.path), next(name for name in names if name != "denoiser")
-        return Weights("embedding", {f"{network}.{word.token}": word.rows})
+        word = read_word(found.path)
+        networks = {called.words: network for network, called in names.items() if network != "denoiser"}
+        only = next(iter(networks.values()))
+        return Weights(
+            "embedding", {f"{networks.get(key, only)}.{word.token}": rows for key, rows in word.parts.items()}
+        )
     if found.kind == "hypernetwork":
         from finetune.export.kinds.hypernetwork import read_weights
 

@@ -76,6 +76,7 @@ class DiffusersFolder(ABC):
             if not (folder / part.subfolder / "config.json").is_file():
                 raise UserError(f"{folder}: the {network} is missing: no {part.subfolder}/config.json")
         self.settings = {name: read_json(folder / part.subfolder / "config.json") for name, part in self.parts.items()}
+        self.latent_channels: int = self.settings["vae"].get("latent_channels", 4)
         self.latent_scale: int = 2 ** (len(self.settings["vae"]["block_out_channels"]) - 1)
         self.tokenizers = {
             name: load_tokenizer(folder, self.parts[name].tokenizer or "") for name in self.text_encoders

@@ -56,12 +56,11 @@ class SDXL(DiffusersFolder):
             # of the first encoder only the state before its last layer is read
             unread={"text_encoder": clip_text.last_layer(self.settings["text_encoder"])},
         )
+        levels = {name: unet.missing_level(self.parts[name]) for name in self.text_encoders}
         self.export_names = {
             "denoiser": ExportNames("unet", "lora_unet"),
-            "text_encoder": ExportNames("text_encoder", "lora_te1", unet.missing_level(self.parts["text_encoder"])),
-            "text_encoder_2": ExportNames(
-                "text_encoder_2", "lora_te2", unet.missing_level(self.parts["text_encoder_2"])
-            ),
+            "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
+            "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
         }
         self._empty_is_zero: bool = index.get("force_zeros_for_empty_prompt", True)
 
