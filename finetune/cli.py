@@ -228,11 +228,11 @@ def tokens(
 
 @app.command()
 def models() -> None:
-    """The architectures that can be trained."""
-    from finetune.families import EMBEDDED, families
+    """The architectures that can be trained, and by which methods."""
+    from finetune.families import EMBEDDED
+    from finetune.families.support import table
 
-    for name, family in families().items():
-        typer.echo(f"{name}: {', '.join(family.pipelines)} folders and hub models")
+    typer.echo(table())
     typer.echo(f"model.path: {EMBEDDED} is the small model that comes with the toolkit, of the family sd.")
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
-from finetune.family import ExportNames, Sites, Vocabulary
+from finetune.family import ExportNames, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
 
 
@@ -60,6 +60,12 @@ class DiffusersFolder(ABC):
     """Names in ``model_index.json`` that the family is known by; the first is the pipeline that it samples with."""
     parts: ClassVar[Mapping[str, Part]]
     """By their names in ``networks``: "denoiser", "vae", and the text encoders in the pipeline's order."""
+    models: ClassVar[str]
+    """What people call the models of the family."""
+    readers: ClassVar[tuple[str, str] | Unsupported]
+    """As in ``finetune.family.Sites``."""
+    space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
+    """Why there is no ``shared_space``; None where there is one."""
 
     objective: Objective
     sites: Sites
@@ -176,7 +182,7 @@ class DiffusersFolder(ABC):
         self.require(*self.parts)
         kind = getattr(importlib.import_module("diffusers"), self.pipelines[0])
         parts = {part.subfolder: self.networks[network] for network, part in self.parts.items()}
-        tokenizers = {self.parts[name].tokenizer: one for name, one in self.tokenizers.items()}
+        tokenizers = {self.parts[name].tokenizer or "": one for name, one in self.tokenizers.items()}
         pipeline = kind(**parts, **tokenizers, scheduler=self.scheduler(), **self.pipeline_settings())
         if any(vocabulary.words for vocabulary in self.vocabularies.values()):
             # diffusers' own inserts all tokens of a word, also those of a growing word that are still to come

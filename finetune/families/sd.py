@@ -14,7 +14,7 @@ from finetune.batch import Conditioning
 from finetune.families import clip_text, unet
 from finetune.families.clip import shared_space
 from finetune.families.folder import DiffusersFolder, Part
-from finetune.family import ExportNames, Sites
+from finetune.family import ExportNames, Sites, Unsupported
 
 
 class SD(DiffusersFolder):
@@ -29,6 +29,9 @@ class SD(DiffusersFolder):
     """
 
     name: ClassVar[str] = "sd"
+    models: ClassVar[str] = "Stable Diffusion 1.x, 2.x and what is derived from them"
+    readers: ClassVar[tuple[str, str] | Unsupported] = unet.READERS
+    space: ClassVar[Unsupported | None] = None
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {
         "denoiser": Part("unet", "diffusers.UNet2DConditionModel"),
@@ -45,7 +48,7 @@ class SD(DiffusersFolder):
         self.sites = Sites(
             linears=unet.linears(self.text_encoders),
             selections=unet.selections(self.text_encoders),
-            readers=("attn2.to_k", "attn2.to_v"),
+            readers=self.readers,
             vocabularies=list(self.vocabularies.values()),
             shared_space=lambda clip: shared_space(self.fresh("text_encoder"), clip),
         )

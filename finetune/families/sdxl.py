@@ -15,7 +15,9 @@ from finetune.batch import Conditioning
 from finetune.errors import UserError
 from finetune.families import clip_text, unet
 from finetune.families.folder import DiffusersFolder, Part, read_json
-from finetune.family import ExportNames, Sites
+from finetune.family import ExportNames, Sites, Unsupported
+
+_UNSHARED = Unsupported("it reads states from within its CLIPs, and not what they compare with pictures")
 
 
 class SDXL(DiffusersFolder):
@@ -29,6 +31,9 @@ class SDXL(DiffusersFolder):
     """
 
     name: ClassVar[str] = "sdxl"
+    models: ClassVar[str] = "Stable Diffusion XL and what is derived from it"
+    readers: ClassVar[tuple[str, str] | Unsupported] = unet.READERS
+    space: ClassVar[Unsupported | None] = _UNSHARED
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionXLPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {
         "denoiser": Part("unet", "diffusers.UNet2DConditionModel"),
@@ -51,8 +56,9 @@ class SDXL(DiffusersFolder):
         self.sites = Sites(
             linears=unet.linears(self.text_encoders),
             selections=unet.selections(self.text_encoders),
-            readers=("attn2.to_k", "attn2.to_v"),
+            readers=self.readers,
             vocabularies=list(self.vocabularies.values()),
+            shared_space=_UNSHARED,
             # of the first encoder only the state before its last layer is read
             unread={"text_encoder": clip_text.last_layer(self.settings["text_encoder"])},
         )

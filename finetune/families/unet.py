@@ -15,6 +15,9 @@ from finetune.errors import UserError
 from finetune.families.folder import DiffusersFolder, Part
 from finetune.objective import DDPM
 
+READERS = ("attn2.to_k", "attn2.to_v")
+"""Layers that read the prompt."""
+
 Patterns = Mapping[str, Mapping[str, Sequence[str]]]
 
 _ATTENTION = [r".*\.attn[12]\.to_(q|k|v|out\.0)"]
