@@ -38,6 +38,7 @@ def load_family(
     kind = FAMILIES[config.family] if config.family else _detect(folder)
     family = kind(folder, source=config.path, min_snr_gamma=min_snr_gamma)
     family.device = torch.device(device)
+    family.prompt_chunks = config.prompt_chunks
     return family
 
 

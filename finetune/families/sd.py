@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
+from finetune.families import long_prompts
 from finetune.families.clip import shared_space
 from finetune.family import ExportNames, Sites, Vocabulary
 from finetune.objective import DDPM, Objective
@@ -77,6 +78,7 @@ class SD:
         self.source = source or str(folder)
         self.networks = nn.ModuleDict()
         self.device = torch.device("cpu")
+        self.prompt_chunks = 1
         self.text_encoders: Sequence[str] = ("text_encoder",)
         for part, (subfolder, _) in _PARTS.items():
             if not (folder / subfolder / "config.json").is_file():
@@ -163,25 +165,29 @@ class SD:
         return (latents - (self._vae.get("shift_factor") or 0.0)) * factor
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
-        """The encoder's last hidden states after its final norm, as the pipeline's own ``encode_prompt`` gives them."""
-        encoder: Any = self.networks["text_encoder"]
-        tokenized = self.tokenizer(
-            [self._vocabulary.expand(caption) for caption in captions],
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(encoder.device)
+        """The encoder's last hidden states after its final norm, as the pipeline's own ``encode_prompt`` gives them;
+        those of several chunks one behind the other.
+        """
+        return self._read([self._vocabulary.expand(caption) for caption in captions])
+
+    def _read(self, texts: Sequence[str]) -> Conditioning:
+        """``texts``, in which new words are written out, as the denoiser reads them."""
+        encoder, tokenizer = self.networks["text_encoder"], self.tokenizer
+        of_each = [
+            long_prompts.split(tokenizer, long_prompts.read_units(tokenizer, text), self.prompt_chunks).chunks
+            for text in texts
+        ]
+        device = next(encoder.parameters()).device
+        ids, real = (part.to(device) for part in long_prompts.framed(tokenizer, list(itertools.chain(*of_each))))
         masked = getattr(encoder.config, "use_attention_mask", False)
-        mask = tokenized.attention_mask if masked else None
-        return Conditioning(tokens=encoder(tokenized.input_ids, attention_mask=mask)[0])
+        encoded: Tensor = encoder(ids, attention_mask=real if masked else None)[0]
+        parts = encoded.split([len(chunks) for chunks in of_each])
+        return Conditioning.stack([Conditioning(tokens=part.flatten(0, 1)[None]) for part in parts])
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
-        between = re.split("|".join(map(re.escape, words)), caption) if words else [caption]
-        count = sum(len(self.tokenizer(text, truncation=False, verbose=False).input_ids) - 2 for text in between)
-        count += sum(vectors * caption.count(word) for word, vectors in (words or {}).items())
-        return max(0, count + 2 - self.tokenizer.model_max_length)
+        units = long_prompts.read_units(self.tokenizer, caption, words)
+        return long_prompts.split(self.tokenizer, units, self.prompt_chunks).lost
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w]. It does not look at ``geometry``."""
@@ -210,6 +216,8 @@ class SD:
         if self._vocabulary.words:
             # diffusers' own inserts all tokens of a word, also those of a growing word that are still to come
             pipeline.maybe_convert_prompt = lambda prompt, _: self._expand(prompt)
+        if self.prompt_chunks > 1:
+            long_prompts.attach(pipeline, self._read)
         return pipeline
 
     def _expand(self, prompt: str | list[str]) -> str | list[str]:
