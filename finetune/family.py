@@ -180,6 +180,10 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens ``encode_prompt`` makes of ``caption``; arguments as of ``caption_overflow``."""
+        ...
+
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """Answer the objective's question for [B, C, h, w]; same shape out. ``geometry`` as in ``Batch``."""
         ...

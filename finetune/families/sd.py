@@ -172,13 +172,10 @@ class SD:
 
     def _read(self, texts: Sequence[str]) -> Conditioning:
         """``texts``, in which new words are written out, as the denoiser reads them."""
-        encoder, tokenizer = self.networks["text_encoder"], self.tokenizer
-        of_each = [
-            long_prompts.split(tokenizer, long_prompts.read_units(tokenizer, text), self.prompt_chunks).chunks
-            for text in texts
-        ]
+        encoder = self.networks["text_encoder"]
+        of_each = [self._split(text).chunks for text in texts]
         device = next(encoder.parameters()).device
-        ids, real = (part.to(device) for part in long_prompts.framed(tokenizer, list(itertools.chain(*of_each))))
+        ids, real = (part.to(device) for part in long_prompts.framed(self.tokenizer, list(itertools.chain(*of_each))))
         masked = getattr(encoder.config, "use_attention_mask", False)
         encoded: Tensor = encoder(ids, attention_mask=real if masked else None)[0]
         parts = encoded.split([len(chunks) for chunks in of_each])
@@ -186,8 +183,15 @@ class SD:
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
-        units = long_prompts.read_units(self.tokenizer, caption, words)
-        return long_prompts.split(self.tokenizer, units, self.prompt_chunks).lost
+        return self._split(caption, words).lost
+
+    def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """A whole number of chunks, padding included."""
+        return len(self._split(caption, words).chunks) * int(self.tokenizer.model_max_length)
+
+    def _split(self, text: str, words: Mapping[str, int] | None = None) -> long_prompts.Split:
+        units = long_prompts.read_units(self.tokenizer, text, words)
+        return long_prompts.split(self.tokenizer, units, self.prompt_chunks)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w]. It does not look at ``geometry``."""

@@ -71,6 +71,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     batches = Batches(recipe, family, found, classes, latents, prompts, Alone(world=processes))
     sources.refuse_doubts(recipe.data, batches.doubts)
     class_images = tuple(_class_images(recipe, family, found))
+    longest = max(batches.final_captions, key=lambda text: family.prompt_length(text, batches.words))
     return Plan(
         summary=summary(recipe),
         model=recipe.model.path,
@@ -82,7 +83,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
-        memory=estimate(recipe, family, networks, sum(trainable.values()), processes),
+        memory=estimate(recipe, family, networks, sum(trainable.values()), processes, longest),
         output=_output(recipe),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
     )
@@ -178,13 +179,13 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
     if cache.text and batches.prompts is not None:
         captions = batches.final_captions
         one = family.encode_prompt([""])  # on skeletons: shapes alone
-        size = sum(tensor.nbytes for tensor in one.tensors.values())
+        size = sum(tensor.nbytes for tensor in one.tensors.values()) / one.tokens.shape[1]  # of a token
         yield Cache(
             kind="captions",
             folder=str(batches.prompts.store.folder),
             entries=len(captions),
             present=sum(batches.prompts.store.path(batches.prompts.key(text)).is_file() for text in captions),
-            bytes=len(captions) * size,
+            bytes=round(size * sum(family.prompt_length(text, batches.words) for text in captions)),
         )
 
 
