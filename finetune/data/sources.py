@@ -185,8 +185,8 @@ def _scan(
     notes = _notes(config, pictures, ignored, reworded)
     expected = config.captions not in ("auto", "prompt") or len(fallen) < len(pictures)
     if captioned and fallen and expected and config.prompt is not None:
-        lack = _count(len(fallen), "picture has no caption", "pictures have no caption")
-        notes.append(f"{config.folder}: {lack} of their own and take the prompt: {_some(fallen)}")
+        alone, several = "picture has no caption of its own and takes", "pictures have no caption of their own and take"
+        notes.append(f"{config.folder}: {_count(len(fallen), alone, several)} the prompt: {_some(fallen)}")
     return Concept(config, tuple(pictures), tuple(notes))
 
 
