@@ -217,6 +217,9 @@ class Batches:
         doubts = [note for concept in self.concepts for note in concept.notes]
         if large := sum(scale > ENLARGED for scale in self._scales):
             doubts.append(f"{large} of {len(self.pictures)} pictures are enlarged more than {ENLARGED} times")
+        own = (text for concept in self.concepts for picture in concept.pictures for text in picture.captions)
+        if unknown := wording.unmatched(own, self.recipe.data.wording):
+            doubts.append(f"tag_dropout: no tag of a caption is {' or '.join(map(repr, unknown))}")
         if self.recipe.adapter.kind == "embedding" and self.recipe.prior.kind != "none":
             doubts.append("the prior changes nothing: no class caption holds a new word, and nothing else trains")
         if cut := self._cut:

@@ -52,6 +52,14 @@ def everything(text: str, config: WordingConfig | None) -> str:
     return text if config is None else _replaced(_framed(text, config), config)
 
 
+def unmatched(texts: Iterable[str], config: WordingConfig | None) -> list[str]:
+    """Entries of the lists of tag dropout that no flexible tag of ``texts`` is; none where wildcards may make one."""
+    if config is None or config.wildcards or not (patterns := config.tag_dropout_except + config.tag_dropout_only):
+        return []
+    tags = {tag for text in texts for tag in _parts(_framed(text, config), config)[1]}
+    return [pattern for pattern in patterns if not any(_listed(tag, [pattern]) for tag in tags)]
+
+
 def distinct(texts: Iterable[str], ahead: bool) -> list[str]:
     """Each of ``texts`` once; no more than the first ``MOST`` unless they have to be known.
 

@@ -333,6 +333,16 @@ def test_listed_tags_stay_or_are_the_only_ones_to_go(mode: str) -> None:
     assert min(map(len, gone)) == len("first, Zib star, [x] y, girl")
 
 
+def test_a_listed_tag_that_is_nowhere_is_noted(make_recipe: Make, folder: Folder, fake: Any) -> None:
+    photos = folder(2)
+    (photos / "0.txt").write_text("zib, red eyes")
+    words = {"tag_dropout": 0.5, "keep_tokens": 1, "tag_dropout_except": ["zib", "* eyes", "hat"]}
+    (note,) = prepare(make_recipe(photos, data={"wording": words}), fake()).notes
+    assert note == "tag_dropout: no tag of a caption is 'zib' or 'hat'"  # the fixed tag is none that could go
+    words["wildcards"] = True
+    assert not prepare(make_recipe(photos, data={"wording": words}), fake()).notes
+
+
 def test_random_tag_dropout_draws_as_it_always_did() -> None:
     """The lists and modes move no draw of a recipe that does not name them."""
     keys: dict[str, Any] = {"shuffle": True, "keep_tokens": 1, "tag_dropout": 0.4}
