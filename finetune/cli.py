@@ -134,6 +134,9 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0)] = 5.0,
     scheduler: Annotated[str | None, typer.Option(help="A class of diffusers.", show_default="the model's own")] = None,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.", show_default="the model's")] = None,
+    prompt_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Times the text encoder's 77 tokens.", show_default="what the file says")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
 ) -> None:
     """Draw with an exported adapter, loaded by diffusers as anybody would."""
@@ -143,7 +146,15 @@ def sample(
 
     sampler = SamplerConfig(steps=steps, guidance=guidance, scheduler=scheduler)
     pictures = export_sample.sample(
-        adapter, prompt, base=base, seed=seed, strength=strength, sampler=sampler, count=count, resolution=resolution
+        adapter,
+        prompt,
+        base=base,
+        seed=seed,
+        strength=strength,
+        sampler=sampler,
+        count=count,
+        resolution=resolution,
+        prompt_chunks=prompt_chunks,
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"

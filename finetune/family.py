@@ -161,6 +161,7 @@ class ModelFamily(Protocol):
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set
+    prompt_chunks: int  # how often over a prompt may fill what a text encoder reads at a time; 1 unless it is set
 
     def require(self, *networks: str) -> None:
         """Load the named networks where they are not in memory."""
@@ -187,7 +188,10 @@ class ModelFamily(Protocol):
         ...
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
-        """Tokenize and encode; gradients flow where a text encoder trains. Over-long captions are cut."""
+        """Tokenize and encode; gradients flow where a text encoder trains. Over-long captions are cut.
+
+        With several ``prompt_chunks`` captions take as many as they need, and may so differ in length.
+        """
         ...
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
@@ -196,6 +200,10 @@ class ModelFamily(Protocol):
         Args:
             words: new words and how many tokens each will be, where the tokenizer does not know them yet.
         """
+        ...
+
+    def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens ``encode_prompt`` makes of ``caption``; arguments as of ``caption_overflow``."""
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def merge_concepts(
     concepts = [_concept(path, prompts[i] if prompts else None) for i, path in enumerate(paths)]
     if base is None and len(bases := sorted({concept.delta.base or "?" for concept in concepts})) > 1:
         raise UserError(f"the concepts belong to different base models ({', '.join(bases)}); name one with --base")
-    family = load_base(concepts[0].delta, base)
+    family = load_base(concepts[0].delta, base, prompt_chunks=1)
     trained = [unpack(read_tensors(concept.delta.path), family.export_names) for concept in concepts]
     weights = _base_of(trained, concepts, family)
     pipeline = family.pipeline()

@@ -56,6 +56,7 @@ def load_family(
     kind = _named(config.family) if config.family else _detect(folder)
     family: ModelFamily = kind(folder, source=config.path, min_snr_gamma=min_snr_gamma)
     family.device = torch.device(device)
+    family.prompt_chunks = config.prompt_chunks
     return family
 
 

@@ -77,6 +77,7 @@ class DiffusersFolder(ABC):
         self.source = source or str(folder)
         self.networks = nn.ModuleDict()
         self.device = torch.device("cpu")
+        self.prompt_chunks = 1
         self.text_encoders: Sequence[str] = tuple(name for name, part in self.parts.items() if part.tokenizer)
         for network, part in self.parts.items():
             if not (folder / part.subfolder / "config.json").is_file():
@@ -163,6 +164,14 @@ class DiffusersFolder(ABC):
     @abstractmethod
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """What the pipeline's own ``encode_prompt`` gives."""
+
+    @abstractmethod
+    def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
+
+    @abstractmethod
+    def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens ``encode_prompt`` makes of ``caption``."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:

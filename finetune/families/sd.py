@@ -13,11 +13,12 @@ from torch import Tensor
 from finetune.batch import Conditioning
 from finetune.families import clip_text, unet
 from finetune.families.clip import shared_space
-from finetune.families.folder import DiffusersFolder, Part
+from finetune.families.folder import Part
+from finetune.families.unet import UNetFolder
 from finetune.family import ExportNames, Sites, Unsupported
 
 
-class SD(DiffusersFolder):
+class SD(UNetFolder):
     """A folder in the layout of ``StableDiffusionPipeline``.
 
     Args:
@@ -30,7 +31,6 @@ class SD(DiffusersFolder):
 
     name: ClassVar[str] = "sd"
     models: ClassVar[str] = "Stable Diffusion 1.x, 2.x and what is derived from them"
-    readers: ClassVar[tuple[str, str] | Unsupported] = unet.READERS
     space: ClassVar[Unsupported | None] = None
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {
@@ -41,8 +41,6 @@ class SD(DiffusersFolder):
 
     def __init__(self, folder: Path, source: str | None = None, min_snr_gamma: float | None = None) -> None:
         super().__init__(folder, source)
-        unet.refuse_inpainting(self)
-        self.pixel_multiple = self.latent_scale * 2 ** (len(self.settings["denoiser"]["block_out_channels"]) - 1)
         self.objective = unet.ddpm(folder, self.scheduler(), min_snr_gamma)
         self.tokenizer = self.tokenizers["text_encoder"]
         self.sites = Sites(
@@ -57,17 +55,9 @@ class SD(DiffusersFolder):
             "text_encoder": ExportNames("text_encoder", "lora_te", unet.missing_level(self.parts["text_encoder"])),
         }
 
-    def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
+    def read(self, texts: Sequence[str]) -> Conditioning:
         """The encoder's last hidden states after its final norm, as the pipeline's own ``encode_prompt`` gives them."""
-        encoder: Any = self.networks["text_encoder"]
-        tokenized = clip_text.tokenized(self.vocabularies["text_encoder"], captions, encoder.device)
-        masked = getattr(encoder.config, "use_attention_mask", False)
-        mask = tokenized.attention_mask if masked else None
-        return Conditioning(tokens=encoder(tokenized.input_ids, attention_mask=mask)[0])
-
-    def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
-        """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
-        return clip_text.overflow(self.tokenizer, caption, words)
+        return clip_text.final(self.networks["text_encoder"], self.tokenizer, texts, self.prompt_chunks)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w]. It does not look at ``geometry``."""

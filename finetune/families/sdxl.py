@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from finetune.batch import Conditioning
 from finetune.errors import UserError
 from finetune.families import clip_text, unet
-from finetune.families.folder import DiffusersFolder, Part, read_json
+from finetune.families.folder import Part, read_json
+from finetune.families.unet import UNetFolder
 from finetune.family import ExportNames, Sites, Unsupported
 
 _UNSHARED = Unsupported("it reads states from within its CLIPs, and not what they compare with pictures")
 
 
-class SDXL(DiffusersFolder):
+class SDXL(UNetFolder):
     """A folder in the layout of ``StableDiffusionXLPipeline``.
 
     Args:
@@ -32,7 +34,6 @@ class SDXL(DiffusersFolder):
 
     name: ClassVar[str] = "sdxl"
     models: ClassVar[str] = "Stable Diffusion XL and what is derived from it"
-    readers: ClassVar[tuple[str, str] | Unsupported] = unet.READERS
     space: ClassVar[Unsupported | None] = _UNSHARED
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionXLPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {
@@ -50,8 +51,6 @@ class SDXL(DiffusersFolder):
                 "own; train the base model"
             )
         super().__init__(folder, source)
-        unet.refuse_inpainting(self)
-        self.pixel_multiple = self.latent_scale * 2 ** (len(self.settings["denoiser"]["block_out_channels"]) - 1)
         self.objective = unet.ddpm(folder, self.scheduler(), min_snr_gamma)
         self.sites = Sites(
             linears=unet.linears(self.text_encoders),
@@ -68,7 +67,7 @@ class SDXL(DiffusersFolder):
             "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
         }
-        self._empty_is_zero: bool = index.get("force_zeros_for_empty_prompt", True)
+        self.unguided_is_zero: bool = index.get("force_zeros_for_empty_prompt", True)
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """Both encoders' hidden states before the last layer, side by side, and the second one's pooled answer.
@@ -76,18 +75,20 @@ class SDXL(DiffusersFolder):
         The empty caption is zeros where ``force_zeros_for_empty_prompt`` of the folder says that the pipeline's
         unconditional prompt is.
         """
-        read = [
-            clip_text.penultimate(self.networks[name], self.vocabularies[name], captions) for name in self.text_encoders
-        ]
-        tokens, pooled = torch.cat([hidden for hidden, _ in read], dim=-1), read[-1][1]
-        if self._empty_is_zero and "" in captions:
-            said = torch.tensor([caption != "" for caption in captions], device=tokens.device)
-            tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
-        return Conditioning(tokens=tokens, pooled=pooled)
+        found = super().encode_prompt(captions)
+        if not (self.unguided_is_zero and "" in captions):
+            return found
+        said = torch.tensor([caption != "" for caption in captions], device=found.tokens.device)
+        assert found.pooled is not None
+        return replace(found, tokens=found.tokens * said[:, None, None], pooled=found.pooled * said[:, None])
 
-    def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
-        """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
-        return max(clip_text.overflow(tokenizer, caption, words) for tokenizer in self.tokenizers.values())
+    def read(self, texts: Sequence[str]) -> Conditioning:
+        """As ``encode_prompt``, the empty text like any other."""
+        first, second = (
+            clip_text.penultimate(self.networks[name], self.tokenizers[name], texts, self.prompt_chunks)
+            for name in self.text_encoders
+        )
+        return replace(second, tokens=torch.cat([first.tokens, second.tokens], dim=-1))
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w], for pictures of this ``geometry`` (section 2.2 of the paper)."""
@@ -98,7 +99,7 @@ class SDXL(DiffusersFolder):
 
     def pipeline_settings(self) -> dict[str, Any]:
         """As the folder says, without a watermark."""
-        return {"force_zeros_for_empty_prompt": self._empty_is_zero, "add_watermarker": False}
+        return {"force_zeros_for_empty_prompt": self.unguided_is_zero, "add_watermarker": False}
 
 
 def tiny(path: Path, *, seed: int = 0) -> Path:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from transformers import CLIPTextConfig
 
+from finetune.batch import Conditioning
 from finetune.errors import UserError
+from finetune.families import long_prompts
 from finetune.families.folder import DiffusersFolder, Part
+from finetune.family import Unsupported, Vocabulary
 from finetune.objective import DDPM
 
 READERS = ("attn2.to_k", "attn2.to_v")
@@ -64,14 +68,55 @@ def _beside(
     return {preset: {"denoiser": found, **dict.fromkeys(text_encoders, text[preset])} for preset, found in unet.items()}
 
 
-def refuse_inpainting(family: DiffusersFolder) -> None:
-    """Refuse a U-Net that reads more than latents.
+class UNetFolder(DiffusersFolder):
+    """A model with a cross-attention U-Net and CLIP text encoders, which all read the same tokens.
 
     Raises:
-        UserError: it does.
+        UserError: the U-Net reads more than latents.
     """
-    if family.settings["denoiser"].get("in_channels", 4) != family.settings["vae"].get("latent_channels", 4):
-        raise UserError(f"{family.folder}: the U-Net does not read plain latents; inpainting models cannot be trained")
+
+    readers: ClassVar[tuple[str, str] | Unsupported] = READERS
+    unguided_is_zero: bool = False
+    """Whether zeros stand in place of a prompt that guides away, where there is none."""
+
+    def __init__(self, folder: Path, source: str | None = None) -> None:
+        super().__init__(folder, source)
+        network = self.settings["denoiser"]
+        if network.get("in_channels", 4) != self.latent_channels:
+            raise UserError(f"{folder}: the U-Net does not read plain latents; inpainting models cannot be trained")
+        self.pixel_multiple = self.latent_scale * 2 ** (len(network["block_out_channels"]) - 1)
+
+    @abstractmethod
+    def read(self, texts: Sequence[str]) -> Conditioning:
+        """``texts``, in which new words are written out, as the denoiser reads them."""
+
+    def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
+        """What the pipeline's own ``encode_prompt`` gives; chunks of long captions one behind the other."""
+        return self.read(list(map(self._vocabulary.expand, captions)))
+
+    def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
+        return self._split(caption, words).lost
+
+    def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """A whole number of chunks, padding included."""
+        return len(self._split(caption, words).chunks) * int(self._vocabulary.tokenizer.model_max_length)
+
+    def pipeline(self) -> Any:
+        """An ordinary pipeline around the networks in memory, which reads long prompts as training does."""
+        pipeline = super().pipeline()
+        if self.prompt_chunks > 1:
+            long_prompts.attach(pipeline, self.read, self.unguided_is_zero)
+        return pipeline
+
+    def _split(self, text: str, words: Mapping[str, int] | None = None) -> long_prompts.Split:
+        tokenizer = self._vocabulary.tokenizer
+        return long_prompts.split(tokenizer, long_prompts.read_units(tokenizer, text, words), self.prompt_chunks)
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        """The first encoder's, which cuts texts as the others do."""
+        return self.vocabularies[self.text_encoders[0]]
 
 
 def ddpm(folder: Path, scheduler: Any, min_snr_gamma: float | None) -> DDPM:
