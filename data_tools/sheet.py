@@ -62,7 +62,7 @@ def draws(recipe: Recipe, count: int) -> list[Shown]:
             if one.prior:
                 continue
             entry = batches.entry(one)
-            image = _seen(entry, batches.flipped(one), family.latent_scale, recipe.data.unmasked_weight)
+            image = _seen(entry, batches.flipped(one), family.latent_scale, batches.unmasked_weight(one))
             step = number // batches.share.per_step
             found.append(Shown(number, step, image, batches.caption(one), entry.picture.path.name))
             if len(found) == count:

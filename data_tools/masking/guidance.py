@@ -1,9 +1,9 @@
 """Target-guided attention (Zhang et al. 2023, arXiv 2305.03048) in the mask decoders of transformers.
 
 Their ``attention_similarity`` is added to the scores before the softmax. Personalize-SAM adds it behind one, and takes
-a second: softmax(softmax(QKᵀ/√d) + S). That is another function: the inner softmax leaves most of 4096 places near 0, so
-that S decides. So the decoder gets an attention of this file's own, which without S is the ordinary one. One thing stays
-different: the authors' code adds the target's features to the decoder's last attention too, where transformers doesn't.
+a second: softmax(softmax(QKᵀ/√d) + S). That is another function: the inner softmax leaves most of 4096 places near 0,
+so that S decides. So the decoder gets an attention of this file's own, which without S is the ordinary one. One thing
+stays different: the authors' code adds the target's features to the decoder's last attention too, transformers doesn't.
 """
 
 from __future__ import annotations

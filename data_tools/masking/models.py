@@ -55,10 +55,12 @@ def kind_of(name: str) -> str:
 
     with _found(name):
         config, _ = PretrainedConfig.get_config_dict(name, local_files_only=Path(name).exists())
-    kind = str(config.get("model_type"))
+    kind = config.get("model_type")
+    if kind is None:
+        raise UserError(f"--model {name}: has no config.json that says what it is")
     if kind not in SAMS and kind != "clipseg":
         raise UserError(f"--model {name}: its config.json says {kind!r}; expected sam, sam2 or clipseg")
-    return kind
+    return str(kind)
 
 
 def _sam(name: str, kind: str, device: torch.device) -> Sam:

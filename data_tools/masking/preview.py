@@ -12,10 +12,9 @@ from data_tools import tiles
 from data_tools.masking.folder import Made
 from data_tools.masking.shape import grown
 from data_tools.masking.way import Photo
-from data_tools.tiles import Heading, Tile
+from data_tools.tiles import TILE, Heading, Tile
 from finetune.data import decoding
 
-SIDE = 384  # pixels of the longer side
 DIM = 0.35  # how bright places are that do not count
 OUTLINE = (255, 0, 160)
 
@@ -27,16 +26,19 @@ def write(path: Path, made: Sequence[Made], title: str) -> Path:
         UserError: another ending.
     """
     lead = "What counts is bright and has an outline; beside it the mask, and how much of the picture counts."
-    return tiles.write(path, [tile for one in made for tile in _pair(one)], Heading("masks", title, lead))
+    return tiles.write(path, [_tile(one) for one in made], Heading("masks", title, lead), width=2 * TILE)
 
 
-def _pair(made: Made) -> tuple[Tile, Tile]:
+def _tile(made: Made) -> Tile:
     picture = Photo.read(made.picture).rgb
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((TILE, TILE))
     whole = decoding.grey(decoding.decode(decoding.read(made.mask), made.mask))
     mask = whole.resize(picture.size, Image.Resampling.BOX)
-    share = f"{100 * made.share:.1f} % counts" + ("" if made.new else ", was there")
-    return Tile(outlined(picture, mask), made.picture.name), Tile(mask.convert("RGB"), share)
+    both = Image.new("RGB", (2 * picture.width, picture.height))
+    both.paste(outlined(picture, mask))
+    both.paste(mask.convert("RGB"), (picture.width, 0))
+    share = f"{made.picture.name}: {100 * made.share:.1f} % counts"
+    return Tile(both, share if made.new else f"{share}, was there")
 
 
 def outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:

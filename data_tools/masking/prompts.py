@@ -102,7 +102,7 @@ def _line(line: str, where: str) -> tuple[str, Prompt]:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)}")
     points = tuple(_point(_json_numbers(point, 2, f"{where}: points")) for point in _list(row, "points", where))
     labels = tuple(_list(row, "labels", where)) or (1,) * len(points)
-    if len(labels) != len(points) or not set(labels) <= {0, 1}:
+    if len(labels) != len(points) or not all(type(one) is int and one in (0, 1) for one in labels):
         raise UserError(f"{where}: labels: expected a 1 (on the subject) or 0 (beside it) for each of the points")
     box = None if row.get("box") is None else _box(_json_numbers(row["box"], 4, f"{where}: box"))
     if not points and box is None:

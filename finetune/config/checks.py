@@ -160,7 +160,8 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
     for name in type(recipe.train).model_fields:
         if name not in ("device", "threads") and getattr(recipe.train, name) != getattr(TrainConfig(), name):
             yield Contradiction(("train", name), "has no part in an aesthetic embedding, which trains no weights")
-    for name in ("balance", "flip", "buckets", "more_resolutions", "caption_dropout", "wording", "unmasked_weight"):
+    drawing = ("balance", "flip", "buckets", "more_resolutions", "caption_dropout", "wording")
+    for name in (*drawing, "unmasked_weight", "unmasked_probability"):
         if getattr(recipe.data, name):
             yield Contradiction(("data", name), "has no part in an aesthetic embedding: whole pictures are averaged")
     for index, concept in enumerate(recipe.data.concepts):

@@ -93,6 +93,8 @@ class DataConfig(Section):
     """What is done to the other draws' captions; they stay as they are where it is not set."""
     unmasked_weight: Fraction = 0.0
     """How much places outside a mask count."""
+    unmasked_probability: Probability = 0.0
+    """Share of draws in which all places count, as if there were no mask."""
     cache: CacheConfig = CacheConfig()
 
 
