@@ -37,7 +37,10 @@ def masks(
     reference_mask: Annotated[Path | None, typer.Option(help="Its mask.", show_default=False)] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="SAM, SAM 2 or CLIPSeg; a SAM beside a CLIPSeg draws outlines.", show_default=False),
+        typer.Option(
+            help="SAM, SAM 2 or CLIPSeg, by name or folder; a SAM beside a CLIPSeg draws outlines.",
+            show_default="facebook/sam-vit-base; for words CIDAS/clipseg-rd64-refined",
+        ),
     ] = None,
     cut: Annotated[float, typer.Option(min=0.01, max=1, help="Value from which a pixel counts.")] = 0.5,
     soft: Annotated[bool, typer.Option("--soft", help="Keep the values of those that do.")] = False,

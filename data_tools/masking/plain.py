@@ -11,7 +11,8 @@ from data_tools.masking.way import Photo, Values, Way
 from finetune.data import decoding
 from finetune.errors import UserError
 
-Floats = NDArray[np.float64]
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 Against = Literal["border", "dark", "light"]
 BORDER = 0.02
 """How wide the border is that shows the background, as a part of the shorter side."""
@@ -33,11 +34,10 @@ def threshold(against: str) -> Way:
         raise UserError(f"--threshold {against}: expected one of {', '.join(get_args(Against))}")
 
     def way(photo: Photo) -> Values:
-        pixels = np.asarray(photo.rgb, dtype=np.float64)
         if against == "border":
-            found = from_border(pixels)
+            found = from_border(np.asarray(photo.rgb))
         else:
-            grey = np.asarray(photo.rgb.convert("L"), dtype=np.float64)
+            grey = np.asarray(photo.rgb.convert("L"), dtype=np.float32)
             found = grey if against == "light" else 255 - grey
         return (found > otsu(found)).astype(np.float32)
 
@@ -55,7 +55,7 @@ def transparency(photo: Photo) -> Values:
     return np.asarray(decoding.alpha(photo.image), dtype=np.float32) / np.float32(255)
 
 
-def from_border(pixels: Floats) -> Floats:
+def from_border(pixels: Bytes) -> Floats:
     """How far each pixel's colour is from the background's, [h, w].
 
     The background is the plane over the picture, a + bx + cy in each channel, that is nearest to the colours along the
@@ -65,14 +65,17 @@ def from_border(pixels: Floats) -> Floats:
         pixels: [h, w, 3].
     """
     high, wide = pixels.shape[:2]
-    across, down = np.meshgrid(np.linspace(-1, 1, wide), np.linspace(-1, 1, high))
-    places = np.stack([np.ones_like(across), across, down], axis=-1)
     width = max(1, round(BORDER * min(high, wide)))
     border = np.ones((high, wide), dtype=bool)
     border[width:-width, width:-width] = False
-    plane, *_ = np.linalg.lstsq(places[border], pixels[border], rcond=None)
-    distance: Floats = np.linalg.norm(pixels - places @ plane, axis=-1)
-    return distance
+    down, across = np.nonzero(border)
+    places = np.stack([np.ones(len(down)), across, down], axis=-1)
+    planes, *_ = np.linalg.lstsq(places, pixels[border].astype(np.float64), rcond=None)
+    square = np.zeros((high, wide), dtype=np.float32)
+    for channel, (level, right, below) in enumerate(planes.T):  # one by one: photographs are large
+        ground = level + right * np.arange(wide) + below * np.arange(high)[:, None]
+        square += (pixels[..., channel] - ground).astype(np.float32) ** 2
+    return np.sqrt(square).round()  # finer differences are those of rounding, and would be found in a plain picture
 
 
 def otsu(values: Floats) -> float:

@@ -128,7 +128,7 @@ class Histograms(Colours):
         if guide is None:
             assert previous is not None
             return previous
-        return guide.likeness - otsu(guide.likeness.double().numpy())
+        return guide.likeness - otsu(guide.likeness.numpy())
 
     def whole(self, view: View, logits: Tensor) -> Values:
         return logits.sigmoid().numpy()
