@@ -160,8 +160,8 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
     for name in type(recipe.train).model_fields:
         if name not in ("device", "threads") and getattr(recipe.train, name) != getattr(TrainConfig(), name):
             yield Contradiction(("train", name), "has no part in an aesthetic embedding, which trains no weights")
-    unused = ("balance", "flip", "buckets", "more_resolutions", "unmasked_weight")
-    for name in (*unused, "caption_dropout", "caption_dropout_every_n_epochs", "wording"):
+    drawing = ("balance", "flip", "buckets", "more_resolutions", "unmasked_weight", "unmasked_probability")
+    for name in (*drawing, "caption_dropout", "caption_dropout_every_n_epochs", "wording"):
         if getattr(recipe.data, name):
             yield Contradiction(("data", name), "has no part in an aesthetic embedding: whole pictures are averaged")
     for index, concept in enumerate(recipe.data.concepts):

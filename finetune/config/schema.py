@@ -103,6 +103,8 @@ class DataConfig(Section):
     """How much places outside a mask count."""
     strict: bool = False
     """Refuse what is doubtful of pictures and captions, and would be a line of the log otherwise: docs/data.md."""
+    unmasked_probability: Probability = 0.0
+    """Share of draws in which all places count, as if there were no mask."""
     cache: CacheConfig = CacheConfig()
 
 

@@ -97,7 +97,7 @@ class Batches:
             prior=torch.tensor([one.prior for one in drawn]),
             weight=torch.tensor([picture.weight for picture in pictures], dtype=torch.float32),
             geometry=torch.stack([images.geometry(entry.picture, entry.crop, flip) for entry, flip in mirrored]),
-            mask=self._masks(mirrored) if self.masked else None,
+            mask=self._masks(drawn, mirrored) if self.masked else None,
             prompt=self._encoded(texts),
             class_captions=class_captions,
             class_prompt=self._encoded(class_captions) if class_captions else None,
@@ -126,14 +126,22 @@ class Batches:
         name = self.entry(one).picture.id
         return self.recipe.data.flip and captions.chance(self.recipe.seed, "flip", name, one.number) < 0.5
 
+    def unmasked_weight(self, one: Drawn) -> float:
+        """How much places outside its mask count in a draw; 1 where it leaves the mask out."""
+        data, name = self.recipe.data, self.entry(one).picture.id
+        dropped = captions.chance(self.recipe.seed, "unmasked", name, one.number) < data.unmasked_probability
+        return 1.0 if dropped else data.unmasked_weight
+
     def _class_captions(self, drawn: Sequence[Drawn]) -> tuple[str, ...] | None:
         if not isinstance(self.recipe.prior, ModelPrior):
             return None
         return tuple(self._subjects[one.item].class_prompt or "" for one in drawn)
 
-    def _masks(self, mirrored: Sequence[tuple[Entry, bool]]) -> Tensor:
-        least = self.recipe.data.unmasked_weight
-        masks = [(self._mask(entry).clamp(min=least), flip) for entry, flip in mirrored]
+    def _masks(self, drawn: Sequence[Drawn], mirrored: Sequence[tuple[Entry, bool]]) -> Tensor:
+        least = [self.unmasked_weight(one) for one in drawn]
+        masks = [
+            (self._mask(entry).clamp(min=weight), flip) for (entry, flip), weight in zip(mirrored, least, strict=True)
+        ]
         return _padded([(mask.flip(-1) if flip else mask)[None] for mask, flip in masks])
 
     def _encoded(self, texts: Sequence[str]) -> Conditioning | None:
