@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
+from finetune import cli_caption
+
 app = typer.Typer(no_args_is_help=True)
+app.command()(cli_caption.caption)
+app.command()(cli_caption.score)
 
 Source = Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Pictures, or a recipe.", show_default=False)]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
