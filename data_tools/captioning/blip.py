@@ -33,7 +33,7 @@ class Blip:
         """As ``Captioner.captions``."""
         text = None if self._opening is None else [self._opening] * len(images)
         inputs = self._source.put(self._processor(images=list(images), text=text, return_tensors="pt"))
-        given = 1 if text is None else inputs["input_ids"].shape[1] - 1  # the end token of an opening is left out
-        tokens = generate(self._model, inputs, self._decoding, generators)
+        given = 0 if text is None else inputs["input_ids"].shape[1] - 2  # of the opening, without its start and end
+        tokens = generate(self._model, inputs, self._decoding, generators)[:, 1:]  # all but the start
         texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return as_captions(texts, tokens[:, given:], self._decoding, [self._model.config.text_config.sep_token_id])

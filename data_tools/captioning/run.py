@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
-from rich.progress import track
 
 from data_tools.captioning.captioner import Caption
 from data_tools.captioning.describing import Describer, Means
 from data_tools.captioning.pictures import View, ahead, in_batches
+from data_tools.captioning.shared import Device, join, shown
 from data_tools.captioning.todo import Todo, Where
 from data_tools.captioning.words import Wording, has_words
-from data_tools.captioning.writing import LOCK, Lines, Shown, Sidecars, Writer
-from finetune.config.schema import TrainConfig
-from finetune.distributed import Processes, start
+from data_tools.captioning.writing import LOCK, Lines, Printed, Sidecars, Writer
+from finetune.distributed import Processes
 from finetune.errors import Stopped, UserError
 from finetune.train.signals import Signals
-
-PATIENCE = datetime.timedelta(days=30)
-"""Processes wait for one another at the very end alone, and one may have had far more to do than the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +48,7 @@ def caption(
     view: View,
     batch_size: int = 8,
     preview: int | None = None,
-    device: Literal["auto", "cpu"] = "auto",
+    device: Device = "auto",
 ) -> Outcome:
     """Caption the pictures of ``where``. All processes of a launcher must call it.
 
@@ -66,7 +60,7 @@ def caption(
         Stopped: a signal came; what was captioned is kept.
     """
     where.check()
-    processes = start(TrainConfig(device=device), PATIENCE)
+    processes = join(device)
     describer = Describer(means, wording, processes.device)
     todo = Todo(where, processes.rank, processes.world)
     wanted: Iterable[Path] = iter(todo)
@@ -76,7 +70,7 @@ def caption(
     with Signals() as signals:
         try:
             batches = in_batches(ahead(wanted, view, 2 * batch_size), batch_size)
-            for batch in track(batches, "Captioning", transient=True, disable=not processes.is_main):
+            for batch in shown(batches, "Captioning", processes):
                 worker.take(batch)
                 if signals.name:
                     raise Stopped(f"{signals.name}: stopped after {worker.written} captions; start again to go on")
@@ -126,7 +120,7 @@ class _Worker:
 
 def _writer(where: Where, preview: int | None) -> Writer:
     if preview is not None:
-        return Shown()
+        return Printed()
     return Sidecars() if where.form == "sidecar" else Lines(where.folder, where.overwrite)
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
-from rich.progress import track
 
 from data_tools.captioning.pictures import View, ahead, in_batches, known, metadata, pictures
-from data_tools.captioning.run import PATIENCE
 from data_tools.captioning.scorer import Scorer, load_scorer
-from finetune.config.schema import TrainConfig
-from finetune.distributed import start
+from data_tools.captioning.shared import Device, join, shown
 from finetune.errors import UserError
 
 
@@ -57,7 +53,7 @@ def score(
     recursive: bool = False,
     view: View | None = None,
     batch_size: int = 16,
-    device: Literal["auto", "cpu"] = "auto",
+    device: Device = "auto",
 ) -> Scores:
     """Score every caption of a folder. All processes of a launcher must call it.
 
@@ -69,13 +65,13 @@ def score(
     """
     next(pictures(folder), None)
     metadata.cache_clear()
-    processes = start(TrainConfig(device=device), PATIENCE)
+    processes = join(device)
     scorer = load_scorer(model, processes.device, "--model", revision)
     share = _Captioned(folder, recursive, processes.rank, processes.world)
     batches = in_batches(ahead(share, lambda one: (view or View())(one[0]), 2 * batch_size), batch_size)
     found: list[Score] = []
     refused: list[str] = []
-    for batch in track(batches, "Scoring", transient=True, disable=not processes.is_main):
+    for batch in shown(batches, "Scoring", processes):
         refused += [str(error) for _, error in batch if isinstance(error, UserError)]
         loaded = [(*one, image) for one, image in batch if not isinstance(image, UserError)]
         found += _scored(folder, scorer, loaded)

@@ -100,7 +100,7 @@ class Lines:
         return json.dumps({**record, "text": text}, ensure_ascii=False)
 
 
-class Shown:
+class Printed:
     """Captions that are printed and not kept."""
 
     def write(self, picture: Path, caption: str) -> None:
