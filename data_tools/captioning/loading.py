@@ -21,6 +21,7 @@ _SMALL = ("*.json", "*.txt", "*.csv", "*.model", "*.jinja")  # what describes a 
 TAGS = "selected_tags.csv"
 NETWORK = "model.onnx"
 CPU = torch.device("cpu")
+_FILMS = "; processors that read films too, as Qwen-VL's, need torchvision: pip install 'finetune[caption]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +85,15 @@ class Source:
         """
         try:
             return AutoProcessor.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # a missing torchvision shows itself in many ways, of which AttributeError is one
-            if not is_torchvision_available() and self._sees_films():
-                raise UserError(
-                    f"{self.option} {self.name}: its processor can read films too, for which transformers "
-                    "needs torchvision: pip install 'finetune[caption]'"
-                ) from error
+        except Exception as error:  # a missing torchvision shows itself in many ways, AttributeError among them
+            hint = "" if is_torchvision_available() else _FILMS
             raise UserError(
-                f"{self.option} {self.name}: its processor cannot be loaded: {_first_line(error)}"
+                f"{self.option} {self.name}: its processor cannot be loaded: {_first_line(error)}{hint}"
             ) from error
 
     def put(self, inputs: Any) -> Any:
         """A processor's tensors where the network is, those of pictures in its precision."""
         return inputs.to(self.device, self.dtype)
-
-    def _sees_films(self) -> bool:
-        names = ("video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json")
-        files = [self.folder / name for name in names if (self.folder / name).is_file()]
-        return (self.folder / names[0]).is_file() or any("video_processor" in file.read_text("utf-8") for file in files)
 
 
 def find(

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModel, SiglipModel
+from transformers.utils import logging
 
 from data_tools.captioning import loading
 from data_tools.captioning.loading import Source
@@ -72,6 +73,7 @@ class TinyWorld:
 
         from finetune.tinyworld.towers import Towers
 
+        logging.disable_progress_bar()
         self._towers = Towers.load()
         self._tokenizer = AutoTokenizer.from_pretrained(tinyworld.BASE, subfolder="tokenizer", local_files_only=True)
         encoder: Any = CLIPTextModel.from_pretrained(tinyworld.BASE, subfolder="text_encoder", dtype=torch.float32)
