@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli_masks import masks
+from finetune import cli_caption, cli_masks
 
 app = typer.Typer(no_args_is_help=True)
-app.command()(masks)
+app.command()(cli_caption.caption)
+app.command()(cli_caption.score)
+app.command()(cli_masks.masks)
 
 Source = Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Pictures, or a recipe.", show_default=False)]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
