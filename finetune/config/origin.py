@@ -23,8 +23,8 @@ class DatasetConfig(Section):
     """A table of pictures that Hugging Face `datasets` reads. Code that comes with a data set is never run."""
 
     path: Text
-    """A hub name, a folder (of pictures, of tables, or written by `save_to_disk`), or Parquet files: one, a pattern such
-    as `data/*.parquet`, or a URL of such."""
+    """A hub name, a folder (of pictures, of tables, or written by `save_to_disk`), or Parquet files: one, a pattern
+    such as `data/*.parquet`, or a URL of such."""
     name: Text | None = None
     """Which configuration, where the data set has several."""
     split: Text = "train"

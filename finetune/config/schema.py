@@ -31,7 +31,8 @@ class ConceptConfig(Section):
 
     folder: Text | None = None
     """Pictures, with captions beside them or in `metadata.jsonl`, `.csv` or `.parquet`. A URL such as `s3://bucket/rex`
-    is mirrored into the cache folder; `tinyworld:subject/N` and `tinyworld:style/N` draw one of the embedded world's."""
+    is mirrored into the cache folder; `tinyworld:subject/N` and `tinyworld:style/N` draw one of the embedded
+    world's."""
     shards: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """Tar files of pictures and captions, as WebDataset has them, in place of a folder: `data/{000..009}.tar`,
     `data/*.tar`, a list, or URLs."""

@@ -68,7 +68,10 @@ def _table(dataset: DatasetConfig, cache: Path, at: str) -> Table:
             raise UserError(
                 f"{at}.split: is {dataset.split!r}, but Parquet files that are named are all of one split, train"
             )
-        return Table(path, None, "train", None, tuple(_ends(files)), cache)
+        ends = tuple(_ends(files))
+        if not ends[-1][1]:
+            raise UserError(f"{at}: {path} has no rows")
+        return Table(path, None, "train", None, ends, cache)
     if is_url(path):
         raise UserError(f"{at}.path: {path} must name Parquet files, such as {path.rstrip('/')}/*.parquet")
     local = Path(path).exists()

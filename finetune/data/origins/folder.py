@@ -37,7 +37,7 @@ def find(config: ConceptConfig, where: str, cache: Path) -> Finds:
         for path in others
         if path != metadata and not (path.suffix in captions.SIDECARS and path.stem in stems)
     ]
-    return Finds(samples, problems, sorted([*ignored, *passed]))
+    return Finds(samples, problems, sorted({*ignored, *passed}))
 
 
 def _metadata(

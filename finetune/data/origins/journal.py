@@ -43,7 +43,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self.path.open("a+b") as file:
             begun = file.tell() and not self._ends()
-            file.write((b"\n" if begun else b"") + json.dumps(record).encode() + b"\n")
+            file.write((b"\n" if begun else b"") + json.dumps(record, default=str).encode() + b"\n")
 
     def _ends(self) -> bool:
         with self.path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Files behind a URL, copied into the cache folder by fsspec: those that changed, each whole or not at all. No torch."""
+"""Files behind a URL, copied into the cache folder by fsspec: those that changed, whole or not at all. No torch."""
 
 from __future__ import annotations
 

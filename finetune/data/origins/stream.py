@@ -80,7 +80,7 @@ def _fetch(table: Table, dataset: DatasetConfig, at: str, folder: Path, journal:
 
 def _recorded(row: Any, dataset: DatasetConfig, where: str, folder: Path, number: int) -> dict[str, Any]:
     """Write the pictures of a row; what the journal says of it."""
-    record = {"row": number, "image": None, "mask": None, "text": None, "wrong": None}
+    record: dict[str, Any] = {"row": number, "image": None, "mask": None, "text": None, "wrong": None}
     if dataset.text is not None:
         record["text"] = row[dataset.text]
     try:

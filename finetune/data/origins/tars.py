@@ -54,6 +54,7 @@ def _indexed(shard: Path, size: int, problems: list[str]) -> Iterator[TarMember]
                         problems.append(f"{shard}:{entry.name}: {wrong}")
                     elif entry.isreg():
                         yield TarMember(shard, _plain(entry.name), entry.offset_data, entry.size)
+                _check_end(file, tar.offset)  # type: ignore[attr-defined]
         except Exception as error:  # tarfile raises whatever a broken file makes it raise
             at = f"{shard}:{last}" if last != "its beginning" else str(shard)
             problems.append(f"{at}: the tar is broken or cut short here: {error}")
@@ -70,6 +71,16 @@ class _Headers:
         if not 0 <= size <= LONGEST_HEADER:
             raise tarfile.ReadError(f"a header is said to have {size} bytes")
         return self.file.read(size)
+
+
+def _check_end(file: IO[bytes], offset: int) -> None:
+    """Tarfile takes a header it cannot read for the end; the real one is a block of zeros with nothing after it."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise tarfile.ReadError("no end was found, and no next member")
+    if any(file.read(LONGEST_HEADER)):
+        raise tarfile.ReadError("it goes on behind its end, as tars do that were joined; keep them apart")
 
 
 def _refuse_compressed(shard: Path, file: IO[bytes]) -> None:
