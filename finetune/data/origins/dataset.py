@@ -26,7 +26,11 @@ def find(dataset: DatasetConfig, config: ConceptConfig, where: str, cache: Path)
     rows = stream.rows(table, dataset, cache, at) if dataset.streaming else _cells(table, dataset, at)
     finds = Finds([])
     told = config.captions in ("auto", "metadata")
-    for row in (row for row in rows if row.number not in dataset.skip):
+    missing = set(dataset.skip)
+    for row in rows:
+        if row.number in missing:
+            missing.remove(row.number)
+            continue
         try:
             if row.wrong:
                 raise UserError(row.wrong)
@@ -34,6 +38,8 @@ def find(dataset: DatasetConfig, config: ConceptConfig, where: str, cache: Path)
             finds.samples.append(Sample(str(row.number), row.picture, own, mask=row.mask))
         except UserError as error:
             finds.problems.append(str(error))
+    if missing:
+        finds.problems.append(f"{at}.skip: there is no row {min(missing)} among those that are used")
     if not finds.samples and not finds.problems:
         raise UserError(f"{at}: {dataset.path} has no rows in {dataset.split!r}")
     return finds

@@ -193,7 +193,8 @@ def check_columns(rows: Any, dataset: DatasetConfig, where: str) -> None:
     wanted = {"image": dataset.image, "text": dataset.text, "mask": dataset.mask}
     for key, column in ((key, column) for key, column in wanted.items() if column is not None):
         if column not in features:
-            raise UserError(f"{where}.{key}: there is no column {column!r}{nearest(column, features)}")
+            without = "; null where there are no captions" if key == "text" else ""
+            raise UserError(f"{where}.{key}: there is no column {column!r}{nearest(column, features)}{without}")
         kind = features.get(column)
         bytes_alone = isinstance(kind, Value) and "binary" in kind.dtype
         plain = isinstance(kind, dict) and "bytes" in kind  # as other writers store pictures

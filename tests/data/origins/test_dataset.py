@@ -92,8 +92,9 @@ def test_what_is_wrong_is_named_with_file_and_row(folder: Folder, tmp_path: Path
     ("dataset", "said"),
     [
         ({"image": "imgae"}, "dataset.image: there is no column 'imgae'; did you mean 'image'?"),
-        ({"text": "caption"}, "dataset.text: there is no column 'caption'; known: image, text"),
+        ({"text": "caption"}, "dataset.text: there is no column 'caption'; known: image, text; null where"),
         ({"image": "text"}, "dataset.image: the column 'text' holds no pictures but"),
+        ({"skip": [1, 7]}, "dataset.skip: there is no row 7"),
         ({"mask": "masks"}, "dataset.mask: there is no column 'masks'"),
         ({"split": "test"}, "dataset.split: is 'test', but Parquet files that are named are all of one split"),
         ({"path": "{}/b.parquet"}, "dataset.path: {}/b.parquet does not exist"),
@@ -114,7 +115,10 @@ def test_what_a_recipe_names_wrongly(folder: Folder, tmp_path: Path, dataset: di
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text("raise SystemExit('was run')")
-    keys = {key: str(value).replace("{}", str(tmp_path)) for key, value in {"path": "{}/a.parquet", **dataset}.items()}
+    keys = {
+        key: value.replace("{}", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in {"path": "{}/a.parquet", **dataset}.items()
+    }
     (problem,) = looked(tmp_path / "cache", dataset=keys).problems
     assert said.replace("{}", str(tmp_path)) in problem
 
