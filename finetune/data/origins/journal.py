@@ -11,8 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from finetune import files
-
 
 class Journal:
     """Records in the order in which they were written; threads may share it.
@@ -41,14 +39,8 @@ class Journal:
     def add(self, record: dict[str, Any]) -> None:
         """Write one more. What it speaks of must be on the disk already."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, self.path.open("a+b") as file:
-            begun = file.tell() and not self._ends()
-            file.write((b"\n" if begun else b"") + json.dumps(record, default=str).encode() + b"\n")
-
-    def _ends(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, 2)
-            return file.read(1) == b"\n"
+        with self._lock, self.path.open("ab") as file:
+            file.write(b"\n" + json.dumps(record, default=str).encode())  # first, for the last line may be cut off
 
 
 @contextmanager
@@ -66,5 +58,4 @@ def kept(cache: Path, kind: str, name: str, *key: object) -> Iterator[tuple[Path
     folder = cache / kind / f"{slug}-{sha256(repr((name, *key)).encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        files.remove_partial(folder)
         yield folder, Journal(folder / "fetched.jsonl")

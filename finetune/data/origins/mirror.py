@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,28 +12,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune import files
+from finetune.config.origin import is_url
 from finetune.data import captions, decoding
 from finetune.data.origins.journal import Journal, kept
 from finetune.errors import UserError
 
 AT_ONCE = 8  # files that are fetched at a time
-# What tells one version of a file from another, in the words of several stores.
-MARKS = (
-    *(
-        "ETag",
-        "etag",
-        "Content-MD5",
-        "Digest",
-        "md5",
-        "md5Hash",
-        "content_md5",
-        "checksum",
-        "generation",
-        "version_id",
-        "VersionId",
-    ),
-    *("blob_id", "oid", "sha256", "mtime", "LastModified", "last_modified", "modified", "updated", "created"),
-)
+CONTENT = {"etag", "digest", "content-md5", "md5", "md5hash", "checksum", "sha256", "blob_id", "oid", "generation"}
+TIMES = {"lastmodified", "last_modified", "mtime", "modified", "updated", "created"}
+MARKS = CONTENT | TIMES | {"versionid", "version_id"}  # what stores tell one version of a file from another by
 Info = Mapping[str, Any]
 log = logging.getLogger(__name__)
 
@@ -46,9 +34,9 @@ class _Remote:
     path: str
 
     @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return PurePosixPath(self.path.rstrip("/")).name
+    def copied(self) -> str:
+        """What the folder of the copies is called, for the name of a folder can be a caption."""
+        return _split(self.path)[1] or "files"
 
     def listed(self, path: str) -> dict[str, Info]:
         """What lies in a folder, by name; nothing where there is no such folder."""
@@ -56,7 +44,7 @@ class _Remote:
             entries = self.fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-        return {_inside(str(entry["name"]).rstrip("/").rpartition("/")[2], self.url): entry for entry in entries}
+        return {_inside(_split(entry["name"])[1], self.url): entry for entry in entries}
 
 
 def folder(url: str, cache: Path, where: str) -> tuple[Path, list[str]]:
@@ -76,7 +64,7 @@ def folder(url: str, cache: Path, where: str) -> tuple[Path, list[str]]:
             raise FileNotFoundError
         found = remote.listed(remote.path)
     with kept(cache, "mirrors", url) as (home, journal), _reaching(url, where):
-        copy = home / (remote.name or "files")
+        copy = home / remote.copied
         copy.mkdir(exist_ok=True)
         wanted = {name: info for name, info in found.items() if info["type"] == "file" and _is_read(name)}
         _fetch(remote, wanted, copy, journal)
@@ -101,20 +89,13 @@ def copies(url: str, cache: Path, where: str) -> list[Path]:
         if not found:
             raise FileNotFoundError
     result = []
-    for parent in dict.fromkeys(path.rpartition("/")[0] for path in found):
-        inside = {
-            _inside(path.rpartition("/")[2], url): info
-            for path, info in found.items()
-            if path.rpartition("/")[0] == parent
-        }
+    for parent, group in itertools.groupby(found, lambda path: _split(path)[0]):
         above = _Remote(url, remote.fs, parent)
-        with (
-            kept(cache, "mirrors", above.fs.unstrip_protocol(parent), "files") as (home, journal),
-            _reaching(url, where),
-        ):
-            copy = home / (above.name or "files")
-            _fetch(above, inside, copy, journal)
-        result += [copy / name for name in inside]
+        wanted = {_inside(_split(path)[1], url): found[path] for path in group}
+        with kept(cache, "mirrors", parent, remote.fs.protocol) as (home, journal), _reaching(url, where):
+            copy = home / above.copied
+            _fetch(above, wanted, copy, journal)
+        result += [copy / name for name in wanted]
     return result
 
 
@@ -148,6 +129,13 @@ def _is_read(name: str) -> bool:
     path = PurePosixPath(name)
     kind = decoding.is_picture(path) or path.suffix in captions.SIDECARS or name in captions.METADATA
     return kind and not name.startswith(".")
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The folder and the name of a file; what a web address asks for behind ``?`` is part of neither."""
+    bare = path.partition("?")[0] if is_url(path) else path
+    parent, _, name = bare.rstrip("/").rpartition("/")
+    return parent, name
 
 
 def _inside(name: str, url: str) -> str:
@@ -209,7 +197,7 @@ def _version(remote: _Remote, info: Info) -> str:
 
 
 def _marks(info: Info) -> list[str]:
-    return [f"{mark}={info[mark]}" for mark in MARKS if info.get(mark) is not None]
+    return [f"{key}={value}" for key, value in sorted(info.items()) if key.lower() in MARKS and value is not None]
 
 
 def _is_whole(copy: Path, wanted: Mapping[str, Info], name: str) -> bool:

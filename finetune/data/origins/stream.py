@@ -1,4 +1,7 @@
-"""The first pictures of a data set that is passed over once, kept as files, so that each is fetched once. No torch."""
+"""The first pictures of a data set that is passed over once, kept as files, so that each is fetched once.
+
+No torch here, but ``datasets`` loads it for a stream of which something is still to be fetched.
+"""
 
 from __future__ import annotations
 

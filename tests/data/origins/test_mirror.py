@@ -11,6 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from packed import captions_of, contents, looked
 
+from finetune.data.origins.mirror import _split
+
 Folder = Callable[..., Path]
 
 
@@ -149,3 +151,8 @@ def test_names_that_lead_elsewhere_are_refused(
     monkeypatch.setattr(MemoryFileSystem, "ls", lambda *_, **__: [entry])
     (problem,) = looked(tmp_path / "cache", folder="memory://bucket/rex").problems
     assert "a name that is none: '..'" in problem
+
+
+def test_what_a_web_address_asks_for_is_no_part_of_a_name() -> None:
+    assert _split("https://host/data/0.tar?X-Sign=a/b") == ("https://host/data", "0.tar")
+    assert _split("bucket/what?/0.tar") == ("bucket/what?", "0.tar")

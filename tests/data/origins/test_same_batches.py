@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ import torch
 from packed import contents, table, tar
 from taken_batches import steps
 
-from finetune.config.schema import Recipe
-from finetune.data import Batches, prepare
+from finetune.config.schema import DataConfig, Recipe
+from finetune.data import Batches, prepare, scan
 
 PROMPTED = {"class_prompt": "a star"}
 
@@ -145,8 +147,23 @@ def test_ids_name_the_place_within_the_source_and_not_where_it_lies(
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,
 ) -> None:
-    from finetune.data import scan
-
     (tmp_path / "packed").mkdir()
     recipe = make_recipe(data={"concepts": [{**PROMPTED, **pack(folder(5), tmp_path / "packed")}]})
     assert [picture.id for picture in scan(recipe.data)[0].pictures] == ids
+
+
+def test_no_source_that_is_there_loads_torch(folder: Callable[..., Path], tmp_path: Path) -> None:
+    path = folder(5)
+    (tmp_path / "packed").mkdir()
+    concepts = [PROMPTED | pack(path, tmp_path / "packed") for pack in (as_shard, as_stream, as_saved)]
+    concepts.append({"folder": f"file://{path}"})
+    data = {"concepts": concepts, "cache": {"folder": str(tmp_path / "cache")}}
+    scan(DataConfig.model_validate(data))  # fetches the stream, for which datasets itself loads torch
+    code = (
+        "import sys; from finetune.data import scan; from finetune.config.schema import DataConfig\n"
+        f"found = scan(DataConfig.model_validate({data!r}))\n"
+        "assert [len(concept.pictures) for concept in found] == [5] * 4\n"
+        "loaded = {'torch', 'diffusers', 'transformers'} & set(sys.modules); assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
