@@ -60,17 +60,17 @@ class TarMember:
     @property
     def name(self) -> str:
         """The member's name without folders."""
-        return PurePosixPath(self.member).name
+        return self.member.rpartition("/")[2]
 
     @property
     def stem(self) -> str:
         """Its name without the suffix."""
-        return PurePosixPath(self.member).stem
+        return PurePosixPath(self.name).stem
 
     @property
     def suffix(self) -> str:
         """Of its name."""
-        return PurePosixPath(self.member).suffix
+        return PurePosixPath(self.name).suffix
 
     def read_bytes(self) -> bytes:
         """All of it; errors as of ``Place.read_bytes``."""

@@ -6,9 +6,9 @@ import glob
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from finetune.config.origin import is_url
@@ -40,18 +40,23 @@ def find(config: ConceptConfig, where: str, cache: Path) -> Finds:
             finds.problems.append(f"{path}: cannot be read ({error.strerror})")
             continue
         finds.problems.extend(problems)
-        samples = []
-        for group in _groups(members, finds):
-            try:
-                if (sample := _sample(group, name, config)) is not None:
-                    samples.append(sample)
-            except UserError as error:
-                finds.problems.append(str(error))
-            finds.ignored.extend(member.member for member in group.others)
-        finds.samples.extend(sorted(samples, key=lambda one: PurePosixPath(one.name)))  # as files of a folder are
+        _add(finds, members, name, config)
     if not finds.samples and not finds.problems:
         raise UserError(f"{where}.shards: {config.source} holds no pictures ({', '.join(sorted(decoding.SUFFIXES))})")
     return finds
+
+
+def _add(finds: Finds, members: list[TarMember], shard: str, config: ConceptConfig) -> None:
+    """The samples of one shard."""
+    samples = []
+    for group in _groups(members, finds.problems):
+        try:
+            if (sample := _sample(group, shard, config)) is not None:
+                samples.append(sample)
+        except UserError as error:
+            finds.problems.append(str(error))
+        finds.ignored.extend(member.member for member in group.others)
+    finds.samples.extend(sorted(samples, key=lambda one: one.name.split("/")))  # as files of a folder are
 
 
 @dataclass(slots=True)
@@ -75,23 +80,18 @@ class _Group:
             (self.tables if extension == "json" else self.others).append(member)
 
 
-def _groups(members: list[TarMember], finds: Finds) -> Iterator[_Group]:
-    """Samples in the order of their keys: a key is a member's name up to the first dot, its folder included."""
+def _groups(members: list[TarMember], problems: list[str]) -> Iterable[_Group]:
+    """Samples: a key is a member's name up to the first dot, its folder included."""
     known: set[str] = set()
+    groups: dict[str, _Group] = {}
     for member in members:
         if member.member in known:
-            finds.problems.append(f"{member}: stands in the shard twice")
+            problems.append(f"{member}: stands in the shard twice")
+            continue
         known.add(member.member)
-    for _, group in itertools.groupby(sorted(members, key=lambda one: (_key(one), one.member)), key=_key):
-        found = _Group()
-        for member in {one.member: one for one in group}.values():
-            found.add(member)
-        yield found
-
-
-def _key(member: TarMember) -> str:
-    path = PurePosixPath(member.member)
-    return (path.parent / path.name.partition(".")[0]).as_posix()
+        parent, _, base = member.member.rpartition("/")
+        groups.setdefault(f"{parent}/{base.partition('.')[0]}", _Group()).add(member)
+    return groups.values()
 
 
 def _sample(group: _Group, shard: str, config: ConceptConfig) -> Sample | None:
@@ -116,9 +116,14 @@ def _sample(group: _Group, shard: str, config: ConceptConfig) -> Sample | None:
         name=f"{shard}/{picture.member}",
         picture=picture,
         captions=tuple(itertools.chain.from_iterable(map(_told, group.tables))) if written else (),
-        beside=_small(group.texts[0]) if group.texts else None,
+        beside=_small(_first(group.texts)) if group.texts else None,
         mask=group.masks[0] if config.masks == MASKS else None,
     )
+
+
+def _first(texts: list[TarMember]) -> TarMember:
+    """Of ``0.txt`` and ``0.caption`` the one that counts in a folder, too."""
+    return min(texts, key=lambda one: captions.SIDECARS.index(one.suffix.lower()))
 
 
 def _told(member: TarMember) -> tuple[str, ...]:

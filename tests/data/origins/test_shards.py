@@ -26,6 +26,7 @@ def test_members_of_a_key_are_one_sample(tmp_path: Path) -> None:
     path = tar(
         tmp_path / "000.tar",
         [
+            ("x/b.caption", b"another text of b"),
             ("x/b.txt", b"text of b"),
             ("x/b.jpg", png(1)),
             ("x/a.png", png(2)),
