@@ -116,5 +116,6 @@ def class_images(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from finetune.config import read_recipe
 
     pictures = draw_class_images(read_recipe(recipe, overrides or []))
-    for folder in dict.fromkeys(picture.path.parent for picture in pictures):
-        typer.echo(f"{folder}: {sum(picture.path.parent == folder for picture in pictures)} class images")
+    folders = [Path(str(picture.path)).parent for picture in pictures]
+    for folder in dict.fromkeys(folders):
+        typer.echo(f"{folder}: {folders.count(folder)} class images")
