@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ import torch
 from finetune.batch import Conditioning, Posterior
 from finetune.config.schema import DataConfig
 from finetune.data import images
-from finetune.data.cache import Counts, Store, Tensors, key
+from finetune.data.cache import Counts, Store, key
 from finetune.data.framing import Crop
+from finetune.data.packs import Tensors
 from finetune.data.processes import Processes
 from finetune.data.sources import Picture
 from finetune.errors import GuardError
@@ -40,6 +42,11 @@ class Latents:
         """The posterior of what is cut from a picture, mirrored or not; [1, C, h, w]."""
         made = self.store.get(self.key(picture, crop, flipped), lambda: self._encode(picture, crop, flipped))
         return Posterior(**made)
+
+    def fill(self, cuts: Iterable[tuple[Picture, Crop, bool]], processes: Processes) -> None:
+        """Keep the posteriors of ``cuts``, as arguments of ``get``; processes share the work."""
+        wanted = {self.key(*cut): partial(self._encode, *cut) for cut in cuts}
+        self.store.fill(wanted, processes, "Encoding pictures")
 
     def key(self, picture: Picture, crop: Crop, flipped: bool = False) -> str:
         """The name of a picture's entry in the store."""
@@ -84,6 +91,11 @@ class Prompts:
         """One caption as the denoiser reads it."""
         return Conditioning(**self.store.get(self.key(caption), lambda: self._encode(caption)))
 
+    def fill(self, captions: Iterable[str], processes: Processes) -> None:
+        """Keep ``captions``, encoded; processes share the work."""
+        wanted = {self.key(caption): partial(self._encode, caption) for caption in captions}
+        self.store.fill(wanted, processes, "Encoding captions")
+
     def key(self, caption: str) -> str:
         """The name of a caption's entry in the store."""
         return key("prompt", family=self.family.name, encoder=self._encoder, caption=caption)
@@ -98,11 +110,3 @@ class Prompts:
         encoded = self.family.encode_prompt([caption])
         return {label: tensor.cpu() for label, tensor in vars(encoded).items() if tensor is not None}
 
-
-def shared(items: Sequence[Callable[[], object]], processes: Processes) -> None:
-    """Encode ``items`` (calls that fill a store), each process its share; then have each process read all of them."""
-    for encode in items[processes.rank :: processes.world]:
-        encode()
-    processes.barrier()
-    for encode in items:
-        encode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 from finetune.config.adapters import new_words
@@ -13,7 +12,7 @@ from finetune.config.schema import Recipe
 from finetune.data import images, prior, sources
 from finetune.data.batches import Batches
 from finetune.data.cache import remove_stale
-from finetune.data.encode import Latents, Prompts, shared
+from finetune.data.encode import Latents, Prompts
 from finetune.data.entries import Entry, subject_entries
 from finetune.data.processes import Alone, Processes
 from finetune.errors import UserError
@@ -77,12 +76,11 @@ def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | Non
 def _encode(batches: Batches, recipe: Recipe, family: ModelFamily, processes: Processes) -> None:
     cache = recipe.data.cache
     if batches.prompts and cache.text:
-        shared([partial(batches.prompts.get, text) for text in batches.final_captions], processes)
+        batches.prompts.fill(batches.final_captions, processes)
         family.release(*family.text_encoders)
     if cache.latents:
         both = (False, True) if recipe.data.flip else (False,)
-        cut = dict.fromkeys((entry.picture, entry.crop) for entry in batches.entries)
-        shared([partial(batches.latents.get, *one, flip) for one in cut for flip in both], processes)
+        batches.latents.fill(((one.picture, one.crop, flip) for one in batches.entries for flip in both), processes)
         family.release("vae")
 
 

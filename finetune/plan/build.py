@@ -168,7 +168,7 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
             kind="pictures",
             folder=str(store.folder),
             entries=len(areas),
-            present=sum(store.path(key).is_file() for key in areas),
+            present=sum(name in store for name in areas),
             # mean and logvar
             bytes=sum(areas.values()) // family.latent_scale**2 * 2 * vae.config.latent_channels * FLOAT,
         )
@@ -180,7 +180,7 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
             kind="captions",
             folder=str(batches.prompts.store.folder),
             entries=len(captions),
-            present=sum(batches.prompts.store.path(batches.prompts.key(text)).is_file() for text in captions),
+            present=sum(batches.prompts.key(text) in batches.prompts.store for text in captions),
             bytes=len(captions) * size,
         )
 

@@ -105,23 +105,24 @@ def test_every_setting_that_matters_is_in_the_key(
     assert (family.pictures, len(family.captions)) == (pictures, captions)
 
 
-def test_a_damaged_entry_is_made_again(make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path) -> None:
+def test_damaged_packs_are_made_again(make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path) -> None:
     recipe = make_recipe(folder(3))
     whole = list(itertools.islice(prepare(recipe, fake()), 10))
-    for entry in (tmp_path / "cache").rglob("*.safetensors"):
-        entry.write_bytes(entry.read_bytes()[:-3])
+    for pack in (tmp_path / "cache").rglob("*.safetensors"):
+        pack.write_bytes(pack.read_bytes()[:-3])
     batches = prepare(recipe, fake())
-    assert batches.describe()["latents_damaged"] == 3
-    assert batches.describe()["prompts_damaged"] == 3
+    for kind in ("latents", "prompts"):
+        counts = batches.describe()
+        assert (counts[f"{kind}_damaged"], counts[f"{kind}_made"]) == (1, 3), "a pack of three entries each"
     assert all(equal(first, second) for first, second in zip(whole, batches, strict=False))
 
 
 def test_what_an_interrupted_run_left_in_the_cache_is_removed(
     make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path
 ) -> None:
-    left = tmp_path / "cache" / "latents" / "ab" / ".partial-1234-abcd.safetensors"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
+    left = tmp_path / "cache" / "latents" / ".partial-1234-abcd"
+    left.mkdir(parents=True)
+    (left / "tensors").write_bytes(b"half")
     prepare(make_recipe(folder(2)), fake())
     assert left.exists()  # another run may be writing it
     os.utime(left, (0, 0))
