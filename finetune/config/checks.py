@@ -18,7 +18,7 @@ from finetune.config.adapters import (
     PivotalConfig,
     new_words,
 )
-from finetune.config.schema import ImagesPrior, NoPrior, Recipe, TrainConfig
+from finetune.config.schema import DataConfig, ImagesPrior, NoPrior, Recipe, TrainConfig
 from finetune.errors import UserError
 
 ADAPTERS = {  # recipe -> the kinds of adapter that it trains
@@ -160,8 +160,9 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
     for name in type(recipe.train).model_fields:
         if name not in ("device", "threads") and getattr(recipe.train, name) != getattr(TrainConfig(), name):
             yield Contradiction(("train", name), "has no part in an aesthetic embedding, which trains no weights")
-    for name in ("balance", "flip", "buckets", "more_resolutions", "caption_dropout", "wording", "unmasked_weight"):
-        if getattr(recipe.data, name):
+    cuts = ("crop", "flip", "buckets", "more_resolutions")
+    for name in ("balance", *cuts, "caption_dropout", "wording", "unmasked_weight"):
+        if getattr(recipe.data, name) != DataConfig.model_fields[name].get_default():
             yield Contradiction(("data", name), "has no part in an aesthetic embedding: whole pictures are averaged")
     for index, concept in enumerate(recipe.data.concepts):
         if concept.masks is not None:

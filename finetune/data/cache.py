@@ -168,6 +168,6 @@ class Store:
             self._packs.write(entries)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{self.folder}: cannot be written into ({error}); make room, choose another data.cache.folder, or keep "
-                "nothing (data.cache.latents, data.cache.text)"
+                f"{self.folder}: cannot be written into ({error}); make room, choose another data.cache.folder, "
+                "or turn data.cache.latents and data.cache.text off"
             ) from error

@@ -19,6 +19,8 @@ from finetune.data.sources import Picture
 from finetune.errors import GuardError
 from finetune.family import ModelFamily
 
+LATENTS, PROMPTS = "latents", "prompts"  # folders in the cache
+
 
 class Latents:
     """Posteriors of pictures. The image encoder is loaded when the first one has to be made.
@@ -30,7 +32,8 @@ class Latents:
 
     def __init__(self, family: ModelFamily, data: DataConfig) -> None:
         self.family = family
-        self.store = Store(Path(data.cache.folder) / "latents" if data.cache.latents else None)
+        self.store = Store(Path(data.cache.folder) / LATENTS if data.cache.latents else None)
+        self.dtype: torch.dtype = getattr(torch, data.cache.dtype)
         self._encoder = family.fingerprint("vae")
 
     @property
@@ -39,9 +42,9 @@ class Latents:
         return self.store.counts
 
     def get(self, picture: Picture, crop: Crop, flipped: bool = False) -> Posterior:
-        """The posterior of what is cut from a picture, mirrored or not; [1, C, h, w]."""
+        """The posterior of what is cut from a picture, mirrored or not; [1, C, h, w], float32."""
         made = self.store.get(self.key(picture, crop, flipped), lambda: self._encode(picture, crop, flipped))
-        return Posterior(**made)
+        return Posterior(**{label: tensor.float() for label, tensor in made.items()})
 
     def fill(self, cuts: Iterable[tuple[Picture, Crop, bool]], processes: Processes) -> None:
         """Keep the posteriors of ``cuts``, as arguments of ``get``; processes share the work."""
@@ -58,6 +61,7 @@ class Latents:
             crop=list(crop[:4]),
             target=list(crop.target),
             flipped=flipped,
+            dtype=str(self.dtype),
             preprocessing=images.VERSION,
         )
 
@@ -66,9 +70,10 @@ class Latents:
         self.family.require("vae")
         pixels = images.pixels(picture, crop)[None]
         posterior = self.family.encode_image(pixels.flip(-1) if flipped else pixels)
-        if not posterior.mean.isfinite().all() or posterior.logvar.isnan().any():
+        mean, logvar = (part.to("cpu", self.dtype) for part in (posterior.mean, posterior.logvar))
+        if not mean.isfinite().all() or logvar.isnan().any():
             raise GuardError(f"{picture.path}: the image encoder gives numbers that are not finite for this picture")
-        return {"mean": posterior.mean.float().cpu(), "logvar": posterior.logvar.float().cpu()}
+        return {"mean": mean, "logvar": logvar}
 
 
 class Prompts:
@@ -79,7 +84,7 @@ class Prompts:
 
     def __init__(self, family: ModelFamily, data: DataConfig) -> None:
         self.family = family
-        self.store = Store(Path(data.cache.folder) / "prompts" if data.cache.text else None)
+        self.store = Store(Path(data.cache.folder) / PROMPTS if data.cache.text else None)
         self._encoder = family.fingerprint(*family.text_encoders)
 
     @property
@@ -109,4 +114,3 @@ class Prompts:
         self.family.require(*self.family.text_encoders)
         encoded = self.family.encode_prompt([caption])
         return {label: tensor.cpu() for label, tensor in vars(encoded).items() if tensor is not None}
-

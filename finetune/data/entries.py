@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from finetune.config.crop import CropConfig
 from finetune.config.schema import DataConfig, ImagesPrior, Recipe
-from finetune.data.framing import Crop, Framing, Size
+from finetune.data.framing import Crop, Framing, Size, moved
 from finetune.data.sampler import (
     CLASS_ORDER,
     MIXED_ORDER,
@@ -22,6 +23,9 @@ from finetune.data.sampler import (
     Plain,
 )
 from finetune.data.sources import Concept, Picture
+from finetune.randomness import derive
+
+R2 = 0.7548776662466927, 0.5698402909980532  # 1 / g and 1 / g ** 2, where g ** 3 = g + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,33 @@ def shapes(entries: Iterable[Entry]) -> list[Shape]:
         Shape(width=size.width, height=size.height, pictures=len(shares), cut_away=sum(shares) / len(shares))
         for size, shares in sorted(lost.items())
     ]
+
+
+def variants(entry: Entry, crop: CropConfig) -> list[Entry]:
+    """All that draws of ``entry`` can show: itself, or its picture cut at several places."""
+    return [entry] if crop.position == "center" else [_variant(entry, number) for number in range(crop.variants)]
+
+
+def at_draw(entry: Entry, crop: CropConfig, seed: int, draw: int) -> Entry:
+    """What draw number ``draw`` of a run shows of ``entry``."""
+    if crop.position == "center":
+        return entry
+    return _variant(entry, derive(seed, "crop", entry.picture.id, draw) % crop.variants)
+
+
+def _variant(entry: Entry, number: int) -> Entry:
+    """A picture's cut of that number: a function of its content, so that runs of all seeds find it in the cache.
+
+    The cuts of a picture begin at a place of its own and go on as evenly as their number allows (the R2 sequence,
+    Roberts 2018, http://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/). A masked one
+    keeps what its mask counts.
+    """
+    picture, crop = entry.picture, entry.crop
+    start = (derive(0, f"crop {axis}", picture.facts.sha256) / 2**63 for axis in ("across", "down"))
+    across, down = ((own + number * step) % 1 for own, step in zip(start, R2, strict=True))
+    old, new = Size(picture.facts.width, picture.facts.height), Size(crop.width, crop.height)
+    keep = picture.mask_box and picture.mask_box.scaled(old, new)
+    return replace(entry, crop=moved(crop, across, down, keep))
 
 
 def subject_entries(data: DataConfig, concepts: Sequence[Concept]) -> list[list[Entry]]:

@@ -8,13 +8,14 @@ from finetune.config.schema import ConceptConfig
 from finetune.data import decoding
 from finetune.data.decoding import Facts
 from finetune.data.folders import nearest_folder
+from finetune.data.framing import Box
 from finetune.errors import UserError, nearest
 
 ALPHA = "alpha"  # the picture's own transparency
 
 
-def find_mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Path | str | None:
-    """The mask of a picture as a concept has it: a file, ``ALPHA`` or none.
+def find_mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> tuple[Path | str, Box] | None:
+    """The mask of a picture as a concept has it, a file or ``ALPHA``, and the least box around all that counts.
 
     Args:
         path: of the picture.
@@ -36,9 +37,9 @@ def find_mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Pa
         raise UserError(
             f"{mask}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
         )
-    if image.getbbox() is None:
+    if (box := image.getbbox()) is None:
         raise UserError(f"{mask or path}: its mask is empty (black everywhere), so nothing of the picture would count")
-    return mask or ALPHA
+    return mask or ALPHA, Box(*box)
 
 
 def _mask_file(path: Path, folder: Path, where: str) -> Path:

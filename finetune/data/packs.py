@@ -164,5 +164,5 @@ def _digest(entry: Mapping[str, Tensor]) -> str:
     for label in sorted(entry):
         tensor = entry[label].contiguous()
         digest.update(f"{label} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

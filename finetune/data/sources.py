@@ -16,6 +16,7 @@ from finetune.config.wording import WordingConfig
 from finetune.data import captions, decoding, embedded
 from finetune.data.decoding import Facts
 from finetune.data.folders import picture_files
+from finetune.data.framing import Box
 from finetune.data.masks import find_mask
 from finetune.data.templates import Wording
 from finetune.data.wording import everything
@@ -37,6 +38,7 @@ class Picture:
         mask: picture file whose white counts, or "alpha" for the picture's own transparency.
         weight: how much it counts in the loss.
         prior: it shows the class and not the subject.
+        mask_box: around all of the mask that counts.
     """
 
     id: str
@@ -46,6 +48,7 @@ class Picture:
     mask: Path | str | None = None
     weight: float = 1.0
     prior: bool = False
+    mask_box: Box | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +167,8 @@ def _scan(
             facts = decoding.inspect(path)
             texts = _captions(path, rows.get(name), config, captioned and not (wording and wording.replaces))
             texts = wording.captions(texts, config.trigger) if wording else texts
-            mask = find_mask(path, facts, config, where)
-            pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight))
+            mask, box = find_mask(path, facts, config, where) or (None, None)
+            pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight, mask_box=box))
         except UserError as error:
             problems.append(str(error))
     stems = {path.stem for path in files}
