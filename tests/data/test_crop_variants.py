@@ -75,8 +75,8 @@ def test_cuts_are_spread_and_a_larger_number_keeps_those_that_are_there() -> Non
     four, eight = (variants(entry(2000, 480), random(count)) for count in (4, 8))
     assert eight[:4] == four
     lefts = sorted(one.crop.left for one in eight)
-    widest = lefts[-1] + lefts[0] + 2133 - 512 - lefts[-1] - lefts[0]
-    assert max(b - a for a, b in itertools.pairwise(lefts)) < 0.25 * widest
+    gaps = [right - left for left, right in itertools.pairwise([0, *lefts, 2133 - 512])]
+    assert max(gaps) < (2133 - 512) / 4, "twice as far as if they were even"
     assert variants(entry(), CropConfig()) == [entry()]
 
 
