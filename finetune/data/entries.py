@@ -25,7 +25,7 @@ from finetune.data.sampler import (
 from finetune.data.sources import Concept, Picture
 from finetune.randomness import derive
 
-R2 = 0.7548776662466927, 0.5698402909980532  # 1 / g and 1 / g ** 2, where g ** 3 = g + 1
+GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples, without their whole parts, keep far from each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,12 @@ def at_draw(entry: Entry, crop: CropConfig, seed: int, draw: int) -> Entry:
 def _variant(entry: Entry, number: int) -> Entry:
     """A picture's cut of that number: a function of its content, so that runs of all seeds find it in the cache.
 
-    The cuts of a picture begin at a place of its own and go on as evenly as their number allows (the R2 sequence,
-    Roberts 2018, http://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/). A masked one
-    keeps what its mask counts.
+    The first cut lies at a place of the picture's own, and the next ones far from all before, so that a larger number
+    of variants keeps those that are there. A masked picture's cut keeps what its mask counts.
     """
     picture, crop = entry.picture, entry.crop
     start = (derive(0, f"crop {axis}", picture.facts.sha256) / 2**63 for axis in ("across", "down"))
-    across, down = ((own + number * step) % 1 for own, step in zip(start, R2, strict=True))
+    across, down = ((own + number * GOLDEN) % 1 for own in start)
     old, new = Size(picture.facts.width, picture.facts.height), Size(crop.width, crop.height)
     keep = picture.mask_box and picture.mask_box.scaled(old, new)
     return replace(entry, crop=moved(crop, across, down, keep))
