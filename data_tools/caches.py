@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.config import Recipe
 from finetune.data import Picture, class_images, scan
+from finetune.data.encode import LATENTS, PROMPTS
+from finetune.data.packs import PATTERN, unused
 from finetune.data.preparation import encode_ahead
 from finetune.distributed import start
 from finetune.errors import UserError
 from finetune.families import load_family
+
+KINDS = LATENTS, PROMPTS
 
 
 def require_draws(recipe: Recipe) -> None:
@@ -24,9 +29,12 @@ def require_draws(recipe: Recipe) -> None:
 
 
 def fill(recipe: Recipe) -> dict[str, Any]:
-    """Fill the caches that a run of ``recipe`` reads, and count what is in them.
+    """Fill the caches that a run of ``recipe`` reads, and count what is in them; by all processes of a launcher.
 
     Each phase loads what it needs and frees it: while pictures are encoded there is no denoiser in memory.
+
+    Returns:
+        As ``Batches.describe``, with what all processes have read and made; empty on all but the main one.
 
     Raises:
         UserError: everything that is wrong with the pictures, or nothing of the recipe is cached or drawn.
@@ -36,11 +44,38 @@ def fill(recipe: Recipe) -> dict[str, Any]:
     if not cache.latents and not cache.text:
         raise UserError("data.cache: latents and text are off, so there is nothing to fill")
     processes = start(recipe.train)
-    return encode_ahead(recipe, load_family(recipe.model), processes).describe()
+    batches = encode_ahead(recipe, load_family(recipe.model), processes)
+    counts = processes.gather_object(batches.counts)
+    totals = {name: sum(each[name] for each in counts) for name in counts[0]}
+    return batches.describe() | totals if processes.is_main else {}
+
+
+def prune(recipe: Recipe, days: float) -> tuple[int, int]:
+    """Remove packs of latents and prompts that no run has used for ``days``, whatever recipe they were made for.
+
+    Returns:
+        How many, and their bytes.
+    """
+    count = size = 0
+    for kind in KINDS:
+        for path in unused(Path(recipe.data.cache.folder) / kind, days):
+            size += path.stat().st_size
+            path.unlink()
+            count += 1
+    return count, size
+
+
+def size(recipe: Recipe, kind: str) -> tuple[int, int]:
+    """Packs of ``latents`` or ``prompts`` in the recipe's cache, of all recipes that share it, and their bytes."""
+    packs = list((Path(recipe.data.cache.folder) / kind).glob(PATTERN))
+    return len(packs), sum(path.stat().st_size for path in packs)
 
 
 def draw_class_images(recipe: Recipe) -> Sequence[Picture]:
-    """The class images of ``recipe``, those drawn that are missing.
+    """The class images of ``recipe``, those drawn that are missing; by all processes of a launcher.
+
+    Returns:
+        None of them on any process but the main one.
 
     Raises:
         UserError: the recipe's prior is not pictures, or a concept has no class prompt.
@@ -48,4 +83,5 @@ def draw_class_images(recipe: Recipe) -> Sequence[Picture]:
     if recipe.prior.kind != "images":
         raise UserError(f"prior.kind is {recipe.prior.kind!r}; class images belong to 'images'")
     processes = start(recipe.train)
-    return class_images(recipe, load_family(recipe.model), scan(recipe.data), processes)
+    pictures = class_images(recipe, load_family(recipe.model), scan(recipe.data), processes)
+    return pictures if processes.is_main else []

@@ -138,7 +138,7 @@ def _unfit(recipe: Recipe, found: Survey, entries: Sequence[Entry]) -> Iterator[
         yield Finding("refused", "refused", str(error))
         return
     for entry in entries:
-        for problem in preparation.lost_masks([entry], family.latent_scale):
+        for problem in preparation.lost_masks([entry], recipe.data.crop, family.latent_scale):
             yield Finding("refused", "refused", problem, (entry.picture.id,))
     if found.problems:
         return

@@ -98,15 +98,33 @@ def dedupe(
 
 
 @app.command()
-def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    prune: Annotated[
+        int | None,
+        typer.Option(
+            min=2, metavar="DAYS", help="Then remove what no run has used for so many days.", show_default=False
+        ),
+    ] = None,
+) -> None:
     """Encode a recipe's pictures and captions beforehand, without a denoiser in memory while it does."""
-    from data_tools.caches import fill
+    from data_tools import caches
     from finetune.config import read_recipe
 
-    found = fill(read_recipe(recipe, overrides or []))
-    for what in ("latents", "prompts"):
+    read = read_recipe(recipe, overrides or [])
+    found = caches.fill(read)
+    if not found:
+        return
+    for what in caches.KINDS:
         if f"{what}_made" in found:
-            typer.echo(f"{what}: {found[f'{what}_made']} made, {found[f'{what}_read']} were there")
+            made, there, damaged = (found[f"{what}_{how}"] for how in ("made", "read", "damaged"))
+            packs, size = caches.size(read, what)
+            said = f"{what}: {made} made, {there} were there" + (f", {damaged} were damaged" if damaged else "")
+            typer.echo(f"{said}; {packs} packs, {size / 1e6:.1f} MB")
+    if prune is not None:
+        count, size = caches.prune(read, prune)
+        typer.echo(f"{count} files removed that no run has used for {prune} days, {size / 1e6:.1f} MB")
 
 
 @app.command("class-images")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -73,9 +74,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     from safetensors.torch import save_file
 
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.touch()
+        # the library has temporary names of its own, which a killed writer would leave, and files for its owner alone
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
+            written = Path(folder) / "tensors"
+            save_file(whole, written, metadata={"format": "pt", **(metadata or {})})
+            written.chmod(temporary.stat().st_mode)
+            written.replace(temporary)
         _sort_metadata(temporary)
 
 

@@ -107,3 +107,22 @@ def test_tensors_come_back_and_equal_content_is_equal_bytes(tmp_path: Path) -> N
 def test_sha256_is_the_usual_one(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_tensors_are_for_whom_other_files_are_and_leave_nothing_but_what_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library writes files for their owner alone, under temporary names that no one would remove."""
+    write_text(tmp_path / "a.txt", "text")
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
+    during: list[str] = []
+
+    def killed(_: object, path: Path, **__: object) -> None:
+        (path.parent / ".tmpAbCdEf").write_bytes(b"half")
+        during.extend(names(tmp_path))
+
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
+    with pytest.raises(FileNotFoundError):
+        write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(2)})
+    assert all(name.startswith(PARTIAL) for name in set(during) - {"a.txt", "a.safetensors"})

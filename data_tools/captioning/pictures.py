@@ -86,9 +86,9 @@ def known(picture: Path, folder: Path) -> Known | None:
             return Known(row.captions, file)
         if parent == folder:
             break
-    texts = captions.read_sidecar(picture)
-    beside = (path for suffix in captions.SIDECARS if (path := picture.with_suffix(suffix)).is_file())
-    return Known(texts, next(beside)) if texts else None
+    beside = captions.sidecar(picture)
+    texts = captions.read_sidecar(beside) if beside else ()
+    return Known(texts, beside) if beside and texts else None
 
 
 @lru_cache(maxsize=8)

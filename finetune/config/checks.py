@@ -18,7 +18,7 @@ from finetune.config.adapters import (
     PivotalConfig,
     new_words,
 )
-from finetune.config.schema import ImagesPrior, NoPrior, Recipe, TrainConfig
+from finetune.config.schema import DataConfig, ImagesPrior, NoPrior, Recipe, TrainConfig
 from finetune.errors import UserError
 
 ADAPTERS = {  # recipe -> the kinds of adapter that it trains
@@ -159,9 +159,9 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
     for name in type(recipe.train).model_fields:
         if name not in ("device", "threads") and getattr(recipe.train, name) != getattr(TrainConfig(), name):
             yield Contradiction(("train", name), "has no part in an aesthetic embedding, which trains no weights")
-    drawing = ("balance", "flip", "buckets", "more_resolutions", "unmasked_weight", "unmasked_probability")
+    drawing = ("balance", "crop", "flip", "buckets", "more_resolutions", "unmasked_weight", "unmasked_probability")
     for name in (*drawing, "caption_dropout", "caption_dropout_every_n_epochs", "wording"):
-        if getattr(recipe.data, name):
+        if getattr(recipe.data, name) != DataConfig.model_fields[name].get_default():
             yield Contradiction(("data", name), "has no part in an aesthetic embedding: whole pictures are averaged")
     for index, concept in enumerate(recipe.data.concepts):
         if concept.masks is not None:

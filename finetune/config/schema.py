@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from finetune.config.adapters import AdapterConfig
 from finetune.config.buckets import BucketsConfig
+from finetune.config.crop import CropConfig
 from finetune.config.origin import EMBEDDED, DatasetConfig
 from finetune.config.rates import Pair, last_step, parse
 from finetune.config.section import Fraction, Probability, Section, Text
@@ -98,6 +99,8 @@ class CacheConfig(Section):
     """What the autoencoder makes of each picture."""
     text: bool = True
     """Only while no text encoder trains; it is off otherwise."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of latents. 16 bits take half the space; a run then learns from rounded latents, whether they are kept or not."""
 
 
 class DataConfig(Section):
@@ -113,6 +116,7 @@ class DataConfig(Section):
     """Every picture is also drawn at these, as often as at the first. Class images keep to the first."""
     buckets: BucketsConfig | None = None
     """Several shapes in place of the square, each picture in the nearest."""
+    crop: CropConfig = CropConfig()
     flip: bool = False
     """Mirror half of the draws."""
     caption_dropout: Probability = 0.0

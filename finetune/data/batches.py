@@ -15,8 +15,17 @@ from finetune.batch import Batch, Conditioning, Posterior
 from finetune.config.adapters import new_words
 from finetune.config.schema import ModelPrior, Recipe
 from finetune.data import captions, images, wording
-from finetune.data.encode import Latents, Prompts
-from finetune.data.entries import ENLARGED, Entry, class_entries, draws_per_epoch, order, subject_entries
+from finetune.data.encode import LATENTS, PROMPTS, Latents, Prompts
+from finetune.data.entries import (
+    ENLARGED,
+    Entry,
+    at_draw,
+    class_entries,
+    draws_per_epoch,
+    order,
+    subject_entries,
+    variants,
+)
 from finetune.data.processes import Alone, Processes
 from finetune.data.sampler import Drawn, Share
 from finetune.data.sources import Concept, Picture
@@ -105,8 +114,9 @@ class Batches:
         )
 
     def entry(self, one: Drawn) -> Entry:
-        """The picture of a draw, and where it is cut."""
-        return (self._classes if one.prior else self._subjects)[one.item]
+        """The picture of a draw, and where that draw cuts it."""
+        entry = (self._classes if one.prior else self._subjects)[one.item]
+        return at_draw(entry, self.recipe.data.crop, self.recipe.seed, one.number)
 
     def caption(self, one: Drawn) -> str:
         """What a draw reads, worded or dropped.
@@ -155,7 +165,8 @@ class Batches:
     @property
     def entries(self) -> list[Entry]:
         """All that can be drawn: of the subjects, then of the class."""
-        return [*self._subjects, *self._classes]
+        crop = self.recipe.data.crop
+        return [cut for entry in (*self._subjects, *self._classes) for cut in variants(entry, crop)]
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -246,13 +257,19 @@ class Batches:
     @property
     def _scales(self) -> Iterable[float]:
         """How much each picture is enlarged at the first resolution."""
-        crops = {entry.picture.id: entry.crop.width / entry.picture.facts.width for entry in reversed(self.entries)}
+        entries = reversed((*self._subjects, *self._classes))
+        crops = {entry.picture.id: entry.crop.width / entry.picture.facts.width for entry in entries}
         return crops.values()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What this process has read and made of latents and prompts: ``latents_made``, ``prompts_damaged`` ..."""
+        stores: list[tuple[str, Latents | Prompts]] = [(LATENTS, self.latents)]
+        stores += [(PROMPTS, self.prompts)] if self.prompts else []
+        return {f"{name}_{what}": number for name, store in stores for what, number in vars(store.counts).items()}
 
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the report, as plain numbers and strings."""
-        stores: list[tuple[str, Latents | Prompts]] = [("latents", self.latents)]
-        stores += [("prompts", self.prompts)] if self.prompts else []
         return {
             "concepts": len(self.concepts),
             "pictures": sum(len(concept.pictures) for concept in self.concepts),
@@ -262,7 +279,7 @@ class Batches:
             "masked": sum(picture.mask is not None for picture in self.pictures),
             "captions": len(self.final_captions),
             "captions_cut": len(self._cut),
-            **{f"{name}_{what}": number for name, store in stores for what, number in vars(store.counts).items()},
+            **self.counts,
             "notes": self.notes,
         }
 

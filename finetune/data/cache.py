@@ -1,8 +1,7 @@
 """Encodings kept by content: a key is the hash of everything that decides an entry, so a stale one is never read.
 
-Entries hold float32 tensors and the hash of their own content. One that is damaged is as good as absent: it is made
-again. Every picture and every caption is encoded alone, so that an encoding does not depend on its neighbours and what
-is read from the disk equals, bit for bit, what would be computed.
+One that is damaged is as good as absent: it is made again. Every picture and every caption is encoded alone, so that an
+encoding does not depend on its neighbours and what is read from the disk equals, bit for bit, what would be computed.
 """
 
 from __future__ import annotations
@@ -11,28 +10,41 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from rich.progress import track
+from safetensors import SafetensorError
 
 from finetune import files
+from finetune.data.packs import Damaged, Packs, Tensors
+from finetune.data.processes import Processes
+from finetune.errors import UserError
 
 VERSION = 1
-MEMORY = 2**30  # bytes of entries that a store keeps in memory
 STALE = 600  # seconds after which a temporary file is taken for an interrupted writer's
 
-Tensors = dict[str, Tensor]
+# A pack is written when it has any of these, so that a build that is killed loses no more.
+PACK_BYTES = 64 * 2**20
+PACK_ENTRIES = 512
+PACK_SECONDS = 60.0
+
+Make = Callable[[], Tensors]
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Counts:
-    """What happened to the entries of a store: read, made, and made again because the file was damaged."""
+    """What happened to the entries of a store in this process.
+
+    Attributes:
+        read: found, and whole.
+        made: computed.
+        damaged: found, but damaged, and so made again; a pack that cannot be opened counts as one.
+    """
 
     read: int = 0
     made: int = 0
@@ -44,7 +56,7 @@ def remove_stale(folder: Path) -> None:
     for leftover in folder.rglob(f"{files.PARTIAL}*"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > STALE:
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def key(kind: str, **settings: str | int | bool | list[int]) -> str:
@@ -53,71 +65,109 @@ def key(kind: str, **settings: str | int | bool | list[int]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass
 class Store:
-    """Entries by key: in memory as far as there is room, on the disk, or else made.
+    """Entries by key: on the disk, or else made.
 
     Args:
         folder: of the entries; None keeps nothing, so that every ``get`` makes its entry.
-        memory: bytes that are kept in memory.
     """
 
-    folder: Path | None
-    memory: int = MEMORY
-    counts: Counts = field(default_factory=Counts)
-    _held: dict[str, Tensors] = field(default_factory=dict)
-    _bytes: int = 0
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.counts = Counts()
+        self._packs = Packs(folder) if folder else None
+        self._waiting: dict[str, Tensors] = {}  # for the next pack
+        self._since = 0.0  # when the first of them was made
 
-    def get(self, name: str, make: Callable[[], Tensors]) -> Tensors:
-        """The entry called ``name`` (a ``key``); ``make`` computes it where it is absent or damaged."""
-        if self.folder is None:
-            self.counts.made += 1
-            return make()
-        if name not in self._held:
-            entry = self._from_disk(name, make)
-            size = sum(tensor.nbytes for tensor in entry.values())
-            if self._bytes + size > self.memory:
-                return entry
-            self._held[name] = entry
-            self._bytes += size
-        return self._held[name]
+    def __contains__(self, name: str) -> bool:
+        """Whether the entry is on the disk; it may be damaged."""
+        return self._packs is not None and name in self._packs
 
-    def path(self, name: str) -> Path:
-        """Where an entry lies."""
-        if self.folder is None:
-            raise ValueError("a store without a folder has no files")
-        return self.folder / name[:2] / f"{name}.safetensors"
+    def get(self, name: str, make: Make) -> Tensors:
+        """The entry called ``name`` (a ``key``); ``make`` computes it where it is absent or damaged.
 
-    def _from_disk(self, name: str, make: Callable[[], Tensors]) -> Tensors:
-        path = self.path(name)
-        if path.is_file():
-            try:
-                entry = _read(path, name)
-            except (SafetensorError, OSError, ValueError) as error:
-                log.warning("cache entry %s is damaged (%s): making it again", path, error)
-                self.counts.damaged += 1
-            else:
-                self.counts.read += 1
-                return entry
+        Raises:
+            UserError: what was made cannot be written.
+        """
+        found = self._read(name)
+        if found is None:
+            found = self._made(name, make)
+            self._write()
+        return found
+
+    def fill(self, wanted: Mapping[str, Make], processes: Processes, title: str) -> None:
+        """Make what is missing of ``wanted`` and check the rest, so that every process can read all of it.
+
+        The work is shared out among all processes; then, where they do not see the same disk, among those of each
+        machine; and in the end a process makes what it still lacks.
+
+        Args:
+            title: what a person sees while entries are made.
+
+        Raises:
+            UserError: what was made cannot be written.
+        """
+        self._look()
+        there = [name for name in wanted if name in self]
+        self._fill(there[processes.rank :: processes.world], wanted)
+        for turn, of in ((processes.rank, processes.world), (processes.local_rank, processes.local_world), (0, 1)):
+            processes.barrier()  # everybody has written
+            self._look()
+            missing = [name for name in wanted if name not in self]
+            processes.barrier()  # nobody writes before everybody has looked
+            quiet = processes.rank != 0 or not missing
+            self._fill(track(missing[turn::of], title, disable=quiet, transient=True), wanted)
+
+    def _fill(self, names: Iterable[str], wanted: Mapping[str, Make]) -> None:
+        """Whatever ends it, what was made by then is kept."""
+        try:
+            for name in names:
+                if self._read(name) is None:
+                    self._made(name, wanted[name])
+                    if self._due():
+                        self._write()
+        finally:
+            self._write()
+
+    def _look(self) -> None:
+        if self._packs is not None:
+            self.counts.damaged += self._packs.refresh()
+
+    def _read(self, name: str) -> Tensors | None:
+        """An entry as it is on the disk; None where there is none that is whole."""
+        if self._packs is None or name not in self._packs:
+            return None
+        first = name not in self._packs.checked
+        try:
+            found = self._packs.read(name)
+        except Damaged as error:
+            log.warning("%s: making it again", error)
+            self.counts.damaged += 1
+            return None
+        self.counts.read += first
+        return found
+
+    def _made(self, name: str, make: Make) -> Tensors:
         entry = {label: tensor.detach().cpu().contiguous() for label, tensor in make().items()}
-        files.write_tensors(path, entry, {"key": name, "sha256": _digest(entry)})
         self.counts.made += 1
+        if self._packs is not None:
+            self._since = self._since if self._waiting else time.monotonic()
+            self._waiting[name] = entry
         return entry
 
+    def _due(self) -> bool:
+        held = sum(tensor.nbytes for entry in self._waiting.values() for tensor in entry.values())
+        old = time.monotonic() - self._since
+        return held >= PACK_BYTES or len(self._waiting) >= PACK_ENTRIES or old >= PACK_SECONDS
 
-def _read(path: Path, name: str) -> Tensors:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        entry = {label: file.get_tensor(label) for label in file.keys()}  # noqa: SIM118  (no mapping)
-    if metadata.get("key") != name or metadata.get("sha256") != _digest(entry):
-        raise ValueError("its content is not what was written")
-    return entry
-
-
-def _digest(entry: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for label in sorted(entry):
-        tensor = entry[label]
-        digest.update(f"{label} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    def _write(self) -> None:
+        entries, self._waiting = self._waiting, {}
+        if not entries or self._packs is None:
+            return
+        try:
+            self._packs.write(entries)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.folder}: cannot be written into ({error}); make room, choose another data.cache.folder, "
+                "or turn data.cache.latents and data.cache.text off"
+            ) from error

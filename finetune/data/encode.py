@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,12 +11,15 @@ import torch
 from finetune.batch import Conditioning, Posterior
 from finetune.config.schema import DataConfig
 from finetune.data import images
-from finetune.data.cache import Counts, Store, Tensors, key
+from finetune.data.cache import Counts, Store, key
 from finetune.data.framing import Crop
+from finetune.data.packs import Tensors
 from finetune.data.processes import Processes
 from finetune.data.sources import Picture
 from finetune.errors import GuardError
 from finetune.family import ModelFamily
+
+LATENTS, PROMPTS = "latents", "prompts"  # folders in the cache
 
 
 class Latents:
@@ -28,7 +32,8 @@ class Latents:
 
     def __init__(self, family: ModelFamily, data: DataConfig) -> None:
         self.family = family
-        self.store = Store(Path(data.cache.folder) / "latents" if data.cache.latents else None)
+        self.store = Store(Path(data.cache.folder) / LATENTS if data.cache.latents else None)
+        self.dtype: torch.dtype = getattr(torch, data.cache.dtype)
         self._encoder = family.fingerprint("vae")
 
     @property
@@ -37,9 +42,14 @@ class Latents:
         return self.store.counts
 
     def get(self, picture: Picture, crop: Crop, flipped: bool = False) -> Posterior:
-        """The posterior of what is cut from a picture, mirrored or not; [1, C, h, w]."""
+        """The posterior of what is cut from a picture, mirrored or not; [1, C, h, w], float32."""
         made = self.store.get(self.key(picture, crop, flipped), lambda: self._encode(picture, crop, flipped))
-        return Posterior(**made)
+        return Posterior(**{label: tensor.float() for label, tensor in made.items()})
+
+    def fill(self, cuts: Iterable[tuple[Picture, Crop, bool]], processes: Processes) -> None:
+        """Keep the posteriors of ``cuts``, as arguments of ``get``; processes share the work."""
+        wanted = {self.key(*cut): partial(self._encode, *cut) for cut in cuts}
+        self.store.fill(wanted, processes, "Encoding pictures")
 
     def key(self, picture: Picture, crop: Crop, flipped: bool = False) -> str:
         """The name of a picture's entry in the store."""
@@ -51,6 +61,7 @@ class Latents:
             crop=list(crop[:4]),
             target=list(crop.target),
             flipped=flipped,
+            dtype=str(self.dtype),
             preprocessing=images.VERSION,
         )
 
@@ -59,9 +70,10 @@ class Latents:
         self.family.require("vae")
         pixels = images.pixels(picture, crop)[None]
         posterior = self.family.encode_image(pixels.flip(-1) if flipped else pixels)
-        if not posterior.mean.isfinite().all() or posterior.logvar.isnan().any():
+        mean, logvar = (part.to("cpu", self.dtype) for part in (posterior.mean, posterior.logvar))
+        if not mean.isfinite().all() or logvar.isnan().any():
             raise GuardError(f"{picture.path}: the image encoder gives numbers that are not finite for this picture")
-        return {"mean": posterior.mean.float().cpu(), "logvar": posterior.logvar.float().cpu()}
+        return {"mean": mean, "logvar": logvar}
 
 
 class Prompts:
@@ -72,7 +84,7 @@ class Prompts:
 
     def __init__(self, family: ModelFamily, data: DataConfig) -> None:
         self.family = family
-        self.store = Store(Path(data.cache.folder) / "prompts" if data.cache.text else None)
+        self.store = Store(Path(data.cache.folder) / PROMPTS if data.cache.text else None)
         self._encoder = family.fingerprint(*family.text_encoders)
 
     @property
@@ -83,6 +95,11 @@ class Prompts:
     def get(self, caption: str) -> Conditioning:
         """One caption as the denoiser reads it."""
         return Conditioning.of(self.store.get(self.key(caption), lambda: self._encode(caption)))
+
+    def fill(self, captions: Iterable[str], processes: Processes) -> None:
+        """Keep ``captions``, encoded; processes share the work."""
+        wanted = {self.key(caption): partial(self._encode, caption) for caption in captions}
+        self.store.fill(wanted, processes, "Encoding captions")
 
     def key(self, caption: str) -> str:
         """The name of a caption's entry in the store."""
@@ -98,12 +115,3 @@ class Prompts:
         self.family.require(*self.family.text_encoders)
         encoded = self.family.encode_prompt([caption])
         return {label: tensor.cpu() for label, tensor in encoded.tensors.items()}
-
-
-def shared(items: Sequence[Callable[[], object]], processes: Processes) -> None:
-    """Encode ``items`` (calls that fill a store), each process its share; then have each process read all of them."""
-    for encode in items[processes.rank :: processes.world]:
-        encode()
-    processes.barrier()
-    for encode in items:
-        encode()

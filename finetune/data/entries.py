@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from finetune.config.crop import CropConfig
 from finetune.config.schema import DataConfig, ImagesPrior, Recipe
-from finetune.data.framing import Crop, Framing, Size
+from finetune.data.framing import Crop, Framing, Size, moved
 from finetune.data.sampler import (
     CLASS_ORDER,
     MIXED_ORDER,
@@ -22,6 +23,9 @@ from finetune.data.sampler import (
     Plain,
 )
 from finetune.data.sources import Concept, Picture
+from finetune.randomness import derive
+
+GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples, without their whole parts, keep far from each other
 
 ENLARGED = 1.5  # times and more are probably a mistake
 
@@ -67,6 +71,32 @@ def shapes(entries: Iterable[Entry]) -> list[Shape]:
         Shape(width=size.width, height=size.height, pictures=len(shares), cut_away=sum(shares) / len(shares))
         for size, shares in sorted(lost.items())
     ]
+
+
+def variants(entry: Entry, crop: CropConfig) -> list[Entry]:
+    """All that draws of ``entry`` can show: itself, or its picture cut at several places."""
+    return [entry] if crop.position == "center" else [_variant(entry, number) for number in range(crop.variants)]
+
+
+def at_draw(entry: Entry, crop: CropConfig, seed: int, draw: int) -> Entry:
+    """What draw number ``draw`` of a run shows of ``entry``."""
+    if crop.position == "center":
+        return entry
+    return _variant(entry, derive(seed, "crop", entry.picture.id, draw) % crop.variants)
+
+
+def _variant(entry: Entry, number: int) -> Entry:
+    """A picture's cut of that number: a function of its content, so that runs of all seeds find it in the cache.
+
+    The first cut lies at a place of the picture's own, and the next ones far from all before, so that a larger number
+    of variants keeps those that are there. A masked picture's cut keeps what its mask counts.
+    """
+    picture, crop = entry.picture, entry.crop
+    start = (derive(0, f"crop {axis}", picture.facts.sha256) / 2**63 for axis in ("across", "down"))
+    across, down = ((own + number * GOLDEN) % 1 for own in start)
+    old, new = Size(picture.facts.width, picture.facts.height), Size(crop.width, crop.height)
+    keep = picture.mask_box and picture.mask_box.scaled(old, new)
+    return replace(entry, crop=moved(crop, across, down, keep))
 
 
 def subject_entries(data: DataConfig, concepts: Sequence[Concept]) -> list[list[Entry]]:

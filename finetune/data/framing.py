@@ -29,6 +29,20 @@ class Size(NamedTuple):
         return f"{self.width} x {self.height}"
 
 
+class Box(NamedTuple):
+    """Pixels of a picture, from ``left`` and ``top`` up to but without ``right`` and ``bottom``."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def scaled(self, old: Size, new: Size) -> Box:
+        """The same part of a picture that is scaled from one size to another, rounded outwards."""
+        left, right = self.left * new.width // old.width, -(-self.right * new.width // old.width)
+        return Box(left, self.top * new.height // old.height, right, -(-self.bottom * new.height // old.height))
+
+
 class Crop(NamedTuple):
     """A picture scaled to ``width`` x ``height``, of which ``target`` is cut ``left`` and ``top`` pixels in."""
 
@@ -37,6 +51,9 @@ class Crop(NamedTuple):
     left: int
     top: int
     target: Size
+
+    def __str__(self) -> str:
+        return f"{self.target} at {self.left}, {self.top} of {self.width} x {self.height}"
 
 
 def cover(width: int, height: int, target: Size) -> Crop:
@@ -47,6 +64,25 @@ def cover(width: int, height: int, target: Size) -> Crop:
     scale = max(target.width / width, target.height / height)
     wide, high = max(target.width, int(width * scale + 0.5)), max(target.height, int(height * scale + 0.5))
     return Crop(wide, high, (wide - target.width) // 2, (high - target.height) // 2, target)
+
+
+def moved(crop: Crop, across: float, down: float, keep: Box | None = None) -> Crop:
+    """``crop`` at another place of the scaled picture.
+
+    Args:
+        across, down: the place, in [0, 1): 0 is as far to the left or up as can be.
+        keep: pixels of the scaled picture, all of them if None. What is cut holds them where they fit into it, and else
+            holds nothing but them; along each side by itself.
+    """
+    keep = keep or Box(0, 0, crop.width, crop.height)
+    left = _offset(crop.width, crop.target.width, keep.left, keep.right, across)
+    return crop._replace(left=left, top=_offset(crop.height, crop.target.height, keep.top, keep.bottom, down))
+
+
+def _offset(whole: int, part: int, start: int, end: int, share: float) -> int:
+    least, most = sorted((start, end - part))
+    least, most = max(0, least), min(whole - part, most)
+    return min(most, least + int(share * (most - least + 1)))
 
 
 def bucket_sizes(resolution: int, step: int, smallest: int, largest: int) -> tuple[Size, ...]:

@@ -72,7 +72,7 @@ def mask(picture: Picture, crop: Crop, scale: int) -> Tensor:
     grey = decoding.alpha(image) if picture.mask == ALPHA else decoding.grey(image)
     cut = torch.from_numpy(np.array(_cut(grey, crop, Image.Resampling.BOX))).float() / 255
     if not cut.any():
-        raise UserError(f"{path}: nothing of the mask is left in what is cut from the middle of the picture")
+        raise UserError(f"{path}: nothing of the mask is left in what is cut from the picture: {crop}")
     return F.interpolate(cut[None, None], size=cells, mode="area")[0]
 
 

@@ -8,6 +8,7 @@ from finetune.config.schema import ConceptConfig
 from finetune.data import decoding
 from finetune.data.decoding import Facts
 from finetune.data.folders import nearest_folder
+from finetune.data.framing import Box
 from finetune.data.places import Place
 from finetune.errors import UserError, nearest
 
@@ -16,8 +17,8 @@ ALPHA = "alpha"  # the picture's own transparency
 
 def find_mask(
     path: Place, facts: Facts, config: ConceptConfig, where: str, own: Place | None = None
-) -> Place | str | None:
-    """The mask of a picture as a concept has it: a file, ``ALPHA`` or none.
+) -> tuple[Place | str, Box] | None:
+    """The mask of a picture as a concept has it, a file or ``ALPHA``, and the least box around all that counts.
 
     Args:
         path: of the picture.
@@ -41,9 +42,9 @@ def find_mask(
         raise UserError(
             f"{mask}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
         )
-    if image.getbbox() is None:
+    if (box := image.getbbox()) is None:
         raise UserError(f"{mask or path}: its mask is empty (black everywhere), so nothing of the picture would count")
-    return mask or ALPHA
+    return mask or ALPHA, Box(*box)
 
 
 def mask_files(stem: str, folder: Path) -> list[Path]:

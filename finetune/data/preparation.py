@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 from finetune.config.adapters import new_words
+from finetune.config.crop import CropConfig
 from finetune.config.schema import Recipe
 from finetune.data import images, prior, sources
 from finetune.data.batches import Batches
 from finetune.data.cache import remove_stale
-from finetune.data.encode import Latents, Prompts, shared
-from finetune.data.entries import Entry, subject_entries
+from finetune.data.encode import Latents, Prompts
+from finetune.data.entries import Entry, subject_entries, variants
 from finetune.data.processes import Alone, Processes
 from finetune.errors import UserError
 from finetune.family import ModelFamily
@@ -56,9 +56,8 @@ def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | Non
     processes = processes or Alone()
     check_resolution(recipe, family)
     concepts = sources.scan(recipe.data, words=new_words(recipe.adapter))
-    sources.refuse(
-        lost_masks(itertools.chain.from_iterable(subject_entries(recipe.data, concepts)), family.latent_scale)
-    )
+    entries = itertools.chain.from_iterable(subject_entries(recipe.data, concepts))
+    sources.refuse(lost_masks(entries, recipe.data.crop, family.latent_scale))
     if recipe.prior.kind != "none":
         prior.class_prompts(concepts)
     if processes.rank == 0:
@@ -81,12 +80,11 @@ def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | Non
 def _encode(batches: Batches, recipe: Recipe, family: ModelFamily, processes: Processes) -> None:
     cache = recipe.data.cache
     if batches.prompts and cache.text:
-        shared([partial(batches.prompts.get, text) for text in batches.final_captions], processes)
+        batches.prompts.fill(batches.final_captions, processes)
         family.release(*family.text_encoders)
     if cache.latents:
         both = (False, True) if recipe.data.flip else (False,)
-        cut = dict.fromkeys((entry.picture, entry.crop) for entry in batches.entries)
-        shared([partial(batches.latents.get, *one, flip) for one in cut for flip in both], processes)
+        batches.latents.fill(((one.picture, one.crop, flip) for one in batches.entries for flip in both), processes)
         family.release("vae")
 
 
@@ -102,12 +100,13 @@ def check_words(batches: Batches) -> None:
                 )
 
 
-def lost_masks(entries: Iterable[Entry], scale: int) -> list[str]:
-    """What is wrong with masks once pictures are cut: nothing may be left of them."""
+def lost_masks(entries: Iterable[Entry], crop: CropConfig, scale: int) -> list[str]:
+    """What is wrong with masks once pictures are cut, wherever a draw may cut them: nothing may be left of them."""
     problems = []
     for entry in (entry for entry in entries if entry.picture.mask is not None):
         try:
-            images.mask(entry.picture, entry.crop, scale)
+            for cut in dict.fromkeys(variants(entry, crop)):
+                images.mask(cut.picture, cut.crop, scale)
         except UserError as error:
             problems.append(str(error))
     return problems

@@ -19,6 +19,16 @@ class Processes(Protocol):
         """How many there are."""
         ...
 
+    @property
+    def local_rank(self) -> int:
+        """Which one this is on its machine, from 0."""
+        ...
+
+    @property
+    def local_world(self) -> int:
+        """How many share the machine."""
+        ...
+
     def barrier(self) -> None:
         """Wait until all processes are here."""
         ...
@@ -30,6 +40,8 @@ class Alone:
 
     rank: int = 0
     world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
 
     def barrier(self) -> None:
         """Nobody to wait for."""

@@ -16,6 +16,7 @@ from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.config.wording import WordingConfig
 from finetune.data import captions, decoding, embedded, origins
 from finetune.data.decoding import Facts
+from finetune.data.framing import Box
 from finetune.data.masks import find_mask
 from finetune.data.origins import Finds, Sample, mirror
 from finetune.data.places import Place
@@ -39,6 +40,7 @@ class Picture:
         mask: a picture whose white counts, or "alpha" for the picture's own transparency.
         weight: how much it counts in the loss.
         prior: it shows the class and not the subject.
+        mask_box: around all of the mask that counts.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Picture:
     mask: Place | str | None = None
     weight: float = 1.0
     prior: bool = False
+    mask_box: Box | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +178,8 @@ def _scan(
             own = _own_captions(sample, config)
             texts = own or _instead(sample, config, captioned)
             texts = wording.captions(texts, config.trigger) if wording else texts
-            mask = find_mask(path, facts, config, where, sample.mask)
-            pictures.append(Picture(f"{index}/{sample.name}", path, texts, facts, mask, config.weight))
+            mask, box = find_mask(path, facts, config, where, sample.mask) or (None, None)
+            pictures.append(Picture(f"{index}/{sample.name}", path, texts, facts, mask, config.weight, mask_box=box))
             fallen += [] if own else [sample.name]
         except UserError as error:
             problems.append(str(error))

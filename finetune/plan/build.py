@@ -44,8 +44,6 @@ from finetune.plan.skeleton import fill, parameters
 from finetune.train.checkpoint import newest
 from finetune.train.run import RunFolder, decisive
 
-FLOAT = 4  # bytes; encodings are kept in float32
-
 
 def plan(recipe: Recipe, processes: int = 1) -> Plan:
     """What ``recipe`` would do on ``processes`` processes.
@@ -166,15 +164,15 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
     if cache.latents:
         store = batches.latents.store
         vae: Any = family.networks["vae"]
+        cell = 2 * vae.config.latent_channels * batches.latents.dtype.itemsize  # mean and logvar
         key = batches.latents.key
         areas = {key(one.picture, one.crop, flip): one.crop.target.area for one in batches.entries for flip in flips}
         yield Cache(
             kind="pictures",
             folder=str(store.folder),
             entries=len(areas),
-            present=sum(store.path(key).is_file() for key in areas),
-            # mean and logvar
-            bytes=sum(areas.values()) // family.latent_scale**2 * 2 * vae.config.latent_channels * FLOAT,
+            present=sum(name in store for name in areas),
+            bytes=sum(areas.values()) // family.latent_scale**2 * cell,
         )
     if cache.text and batches.prompts is not None:
         captions = batches.final_captions
@@ -184,7 +182,7 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
             kind="captions",
             folder=str(batches.prompts.store.folder),
             entries=len(captions),
-            present=sum(batches.prompts.store.path(batches.prompts.key(text)).is_file() for text in captions),
+            present=sum(batches.prompts.key(text) in batches.prompts.store for text in captions),
             bytes=round(size * sum(family.prompt_length(text, batches.words) for text in captions)),
         )
 

@@ -29,8 +29,18 @@ NOT_CACHED: dict[str, Any] = {"cache": {"latents": False, "text": False}}
 
 @dataclass(frozen=True)
 class Rank:
+    """One of several processes of a machine, for whom nobody waits."""
+
     rank: int
     world: int
+
+    @property
+    def local_rank(self) -> int:
+        return self.rank
+
+    @property
+    def local_world(self) -> int:
+        return self.world
 
     def barrier(self) -> None:
         pass

@@ -85,48 +85,42 @@ def test_an_edited_picture_or_caption_is_encoded_again_alone(make_recipe: Make, 
     assert (counts["prompts_read"], counts["prompts_made"]) == (3, 1)
 
 
-@pytest.mark.parametrize(
-    ("change", "weights", "pictures", "captions"),
-    [
-        ({}, "a", 0, 0),
-        ({"resolution": 20}, "a", 3, 0),
-        ({"flip": True}, "a", 3, 0),  # the mirrored ones; the others are there
-        ({}, "b", 3, 3),
-        ({"caption_dropout": 0.1}, "a", 0, 1),  # the empty caption
-    ],
-)
-def test_every_setting_that_matters_is_in_the_key(
-    change: dict[str, Any], weights: str, pictures: int, captions: int, make_recipe: Make, folder: Folder, fake: Any
-) -> None:
-    photos = folder(3)
-    prepare(make_recipe(photos), fake())
-    family = fake(weights)
-    prepare(make_recipe(photos, data=change), family)
-    assert (family.pictures, len(family.captions)) == (pictures, captions)
-
-
-def test_a_damaged_entry_is_made_again(make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path) -> None:
+def test_damaged_packs_are_made_again(make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path) -> None:
     recipe = make_recipe(folder(3))
     whole = list(itertools.islice(prepare(recipe, fake()), 10))
-    for entry in (tmp_path / "cache").rglob("*.safetensors"):
-        entry.write_bytes(entry.read_bytes()[:-3])
+    for pack in (tmp_path / "cache").rglob("*.safetensors"):
+        pack.write_bytes(pack.read_bytes()[:-3])
     batches = prepare(recipe, fake())
-    assert batches.describe()["latents_damaged"] == 3
-    assert batches.describe()["prompts_damaged"] == 3
+    for kind in ("latents", "prompts"):
+        counts = batches.describe()
+        assert (counts[f"{kind}_damaged"], counts[f"{kind}_made"]) == (1, 3), "a pack of three entries each"
     assert all(equal(first, second) for first, second in zip(whole, batches, strict=False))
 
 
 def test_what_an_interrupted_run_left_in_the_cache_is_removed(
     make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path
 ) -> None:
-    left = tmp_path / "cache" / "latents" / "ab" / ".partial-1234-abcd.safetensors"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
+    left = tmp_path / "cache" / "latents" / ".partial-1234-abcd"
+    left.mkdir(parents=True)
+    (left / "tensors").write_bytes(b"half")
     prepare(make_recipe(folder(2)), fake())
     assert left.exists()  # another run may be writing it
     os.utime(left, (0, 0))
     prepare(make_recipe(folder(2, "again")), fake())
     assert not left.exists()
+
+
+def test_16_bits_are_rounded_cached_or_not(make_recipe: Make, folder: Folder, fake: Any) -> None:
+    photos = folder(3)
+    whole = prepare(make_recipe(photos), fake())
+    for dtype in (torch.bfloat16, torch.float16):
+        cache = {"dtype": str(dtype).removeprefix("torch.")}
+        batches = [
+            prepare(make_recipe(photos, data={"cache": cache | more}), fake()) for more in ({}, {}, {"latents": False})
+        ]
+        for exact, *rows in itertools.islice(zip(whole, *batches, strict=False), 10):
+            assert all(torch.equal(row.posterior.mean, exact.posterior.mean.to(dtype).float()) for row in rows)
+            assert all(torch.equal(row.posterior.logvar, exact.posterior.logvar.to(dtype).float()) for row in rows)
 
 
 def test_an_encoder_that_breaks_down_names_the_picture(make_recipe: Make, folder: Folder, fake: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from taken_batches import Rank
 from torch import Tensor
 
 from finetune.batch import Batch, Conditioning, Posterior
@@ -138,7 +139,7 @@ def test_the_cache_holds_each_shape_and_its_mirror(make_recipe: Make, shapes: Pa
 def test_one_process_and_two_draw_the_same(make_recipe: Make, shapes: Path, fake: Any) -> None:
     whole = prepare(make_recipe(shapes, data=BUCKETS, train={"batch_size": 4}), fake())
     half = make_recipe(shapes, data=BUCKETS, train={"batch_size": 2})
-    ranks = [prepare(half, fake(), _Rank(rank)) for rank in range(2)]
+    ranks = [prepare(half, fake(), Rank(rank, 2)) for rank in range(2)]
     for step in range(12):
         both = [name for rank in ranks for name in rank.batch(step).ids]
         assert sorted(both) == sorted(whole.batch(step).ids)
@@ -149,16 +150,6 @@ def test_a_step_that_does_not_fit_the_model_is_refused(make_recipe: Make, shapes
         prepare(make_recipe(shapes, data={"buckets": {"step": 6}}), fake())
     with pytest.raises(UserError, match=r"data.more_resolutions is 18; .* needs a multiple of 4: 16 or 20"):
         prepare(make_recipe(shapes, data={"more_resolutions": [18]}), fake())
-
-
-class _Rank:
-    world = 2
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def barrier(self) -> None:
-        pass
 
 
 def _same(some: list[Batch], others: list[Batch]) -> bool:

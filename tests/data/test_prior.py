@@ -170,10 +170,11 @@ def test_an_interrupted_drawing_leaves_no_half_file_and_is_continued(
 class Rank:
     """One of two processes, played by a thread."""
 
-    world = 2
+    world = local_world = 2
 
     def __init__(self, rank: int, gate: threading.Barrier) -> None:
-        self.rank, self.gate = rank, gate
+        self.rank = self.local_rank = rank
+        self.gate = gate
 
     def barrier(self) -> None:
         self.gate.wait(20)

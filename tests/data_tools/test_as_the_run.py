@@ -72,6 +72,8 @@ def test_a_mask_of_which_the_crop_leaves_nothing_is_refused(write: Write, tmp_pa
         mask.save(masks / f"{number}.png")
     (found,) = diagnose(write({"masks": str(masks)})).at("refused")
     assert "nothing of the mask is left" in found.text and found.pictures == ("0/3.png",)
+    random = {"position": "random", "variants": 8}
+    assert not diagnose(write({"masks": str(masks)}, crop=random)).at("refused"), "such cuts keep what counts"
 
 
 @pytest.mark.parametrize("layout", ["pairwise", "mixed"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +81,22 @@ def test_the_commands_say_what_they_made(recipe_file: Path) -> None:
     again = runner.invoke(app, ["data", "cache", str(recipe_file)])
     assert "latents: 0 made, 5 were there" in again.output
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
+
+
+def test_what_no_run_has_used_for_long_is_removed_when_asked(recipe_file: Path) -> None:
+    runner = CliRunner()
+    cache = recipe_file.parent / "cache"
+    runner.invoke(app, ["data", "cache", str(recipe_file)])
+    runner.invoke(app, ["data", "cache", str(recipe_file), "data.resolution=32"])
+    packs = sorted((cache / "latents").glob("pack-*"))
+    for path in (*packs, *(cache / "prompts").glob("pack-*")):
+        os.utime(path, (0, time.time() - 40 * 86400))
+    said = runner.invoke(app, ["data", "cache", str(recipe_file), "--prune", "30"])
+    assert "latents: 0 made, 5 were there; 2 packs" in said.output
+    assert "1 files removed that no run has used for 30 days" in said.output
+    assert sorted((cache / "latents").glob("pack-*")) == packs[:1], "the other resolution's pack is gone"
+    again = runner.invoke(app, ["data", "cache", str(recipe_file), "--prune", "30"])
+    assert "latents: 0 made, 5 were there; 1 packs" in again.output and "0 files removed" in again.output
 
 
 def test_what_makes_no_sense_is_refused(recipe_file: Path) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from data_tools import sheet, tiles
 from finetune.config import Recipe, read_recipe
-from finetune.data import Batches, scan
+from finetune.config.crop import CropConfig
+from finetune.data import Batches, images, scan
 from finetune.data.encode import Latents
 from finetune.errors import UserError
 from finetune.families import load_family
@@ -75,6 +76,25 @@ def test_the_sheet_shows_the_draws_of_the_run(recipe: Recipe) -> None:
         values = torch.from_numpy(np.array(one.image)).float()
         half = one.image.width // 2
         assert (values[:, :half].mean() > values[:, half:].mean()) == bool(left > right)
+
+
+def test_a_draw_is_shown_where_it_is_cut(recipe: Recipe) -> None:
+    concepts = [recipe.data.concepts[0].model_copy(update={"masks": None})]
+    crop = CropConfig(position="random", variants=3)
+    data = recipe.data.model_copy(update={"concepts": concepts, "buckets": None, "crop": crop})
+    recipe = recipe.model_copy(update={"data": data})
+    family = load_family(recipe.model)
+    batches = Batches(recipe, family, scan(recipe.data), [], Latents(family, recipe.data), None)
+    places = set()
+    for one in sheet.draws(recipe, 30):
+        (drawn,) = batches.order.at(one.draw)
+        entry = batches.entry(drawn)
+        pixels = images.pixels(entry.picture, entry.crop)
+        pixels = pixels.flip(-1) if batches.flipped(drawn) else pixels
+        shown = torch.from_numpy(np.array(one.image)).permute(2, 0, 1)
+        assert torch.equal(shown, ((pixels + 1) * 127.5).round().byte())
+        places.add((one.name, entry.crop.left, entry.crop.top))
+    assert len(places) > 4, "pictures that are not square are cut at several places"
 
 
 def test_as_a_page_and_as_a_picture(recipe: Recipe, tmp_path: Path) -> None:
