@@ -21,8 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.families.clip import shared_space
+from finetune.families.schedulers import with_settings
 from finetune.family import ExportNames, Sites, Vocabulary
-from finetune.objective import DDPM, Objective
+from finetune.objective import Objective
+from finetune.objectives import Denoising, process_of
 
 _PARTS: Mapping[str, tuple[str, Any]] = {
     "denoiser": ("unet", UNet2DConditionModel),
@@ -63,7 +65,6 @@ class SD:
         folder: holds ``model_index.json``, ``unet/``, ``vae/``, ``text_encoder/``, ``tokenizer/``, ``scheduler/``.
             How latents are spoiled and what is predicted is read from its scheduler.
         source: what a recipe's ``model.path`` calls the model.
-        min_snr_gamma: as in ``finetune.objective.DDPM``.
 
     Raises:
         UserError: a part is missing, or the scheduler is none that this family trains with.
@@ -72,7 +73,7 @@ class SD:
     name: ClassVar[str] = "sd"
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionPipeline",)
 
-    def __init__(self, folder: Path, source: str | None = None, min_snr_gamma: float | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None) -> None:
         self.folder = folder
         self.source = source or str(folder)
         self.networks = nn.ModuleDict()
@@ -86,7 +87,9 @@ class SD:
             raise UserError(f"{folder}: the U-Net does not read plain latents; inpainting models cannot be trained")
         self.latent_scale: int = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self.pixel_multiple: int = self.latent_scale * 2 ** (len(self._unet["block_out_channels"]) - 1)
-        self.objective: Objective = _objective(folder, self.scheduler(), min_snr_gamma)
+        self.sampling: Mapping[str, Any] = {}
+        self.process = process_of(self.scheduler(), folder / "scheduler")
+        self.objective: Objective = Denoising(self.process)
         self.tokenizer = _tokenizer(folder)
         self._vocabulary = Vocabulary(self.tokenizer, "text_encoder")
         self.sites = Sites(
@@ -102,9 +105,10 @@ class SD:
         }
 
     def scheduler(self) -> Any:
-        """A fresh copy of the folder's scheduler, of diffusers' class that it names."""
+        """A fresh copy of the folder's scheduler, with the settings of ``sampling``."""
         kind = _read_json(self.folder / "scheduler" / "scheduler_config.json")["_class_name"]
-        return getattr(diffusers, kind).from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+        own = getattr(diffusers, kind).from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+        return with_settings(own, self.sampling)
 
     def require(self, *networks: str) -> None:
         """Load the named networks in float32 onto ``device`` where they are not in memory, frozen, in ``eval()``."""
@@ -223,20 +227,6 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"{folder}: the tokenizer is missing: no tokenizer/tokenizer.json or tokenizer/vocab.json")
     return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-
-
-def _objective(folder: Path, scheduler: Any, min_snr_gamma: float | None) -> DDPM:
-    """What the model was trained on, as its scheduler says it."""
-    table, prediction = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
-    if table is None or prediction not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(f"{folder / 'scheduler'}: {type(scheduler).__name__} with prediction {prediction!r} is unknown")
-    # some samplers replace the zero by a tiny number, so the table alone does not tell
-    if prediction == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
-        raise UserError(
-            f"{folder / 'scheduler'}: epsilon prediction cannot be trained with zero terminal SNR; "
-            "the model needs prediction_type v_prediction"
-        )
-    return DDPM(table.float(), prediction, min_snr_gamma)
 
 
 @functools.cache
