@@ -21,7 +21,7 @@ from finetune.objectives.flow import Flow
 Weighting = Callable[[Tensor], Tensor]
 """Times in the denoiser's unit [B] -> weights, float32 [B]."""
 
-DEBIASED_SNR = 1000.0  # where the paper's code stops the weight from falling
+DEBIASED_SNR = 1000.0  # beyond which the weight of epsilon falls no more
 
 
 def even(timesteps: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def min_snr(snr: Tensor, gamma: float) -> Tensor:
 
 def soft_min_snr(snr: Tensor, gamma: float) -> Tensor:
     """``S gamma / (S + gamma)``: as min-SNR without its corner (Crowson et al. 2024,
-    https://arxiv.org/abs/2401.11605, section 4.4).
+    https://arxiv.org/abs/2401.11605).
     """
     return snr * gamma / (snr + gamma)
 
@@ -86,7 +86,7 @@ def debiased(snr: Tensor) -> Tensor:
 
 
 def p2(snr: Tensor, gamma: float, k: float) -> Tensor:
-    """``S / (k + S)^gamma`` (Choi et al. 2022, https://arxiv.org/abs/2204.00227, eq. 8)."""
+    """``S / (k + S)^gamma`` (Choi et al. 2022, https://arxiv.org/abs/2204.00227)."""
     return snr / (k + snr) ** gamma
 
 
