@@ -19,7 +19,7 @@ from finetune.config import Recipe, read_recipe
 from finetune.config.adapters import new_words
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.data import decoding, wording
-from finetune.data.entries import Entry, Shape, shapes, subject_entries
+from finetune.data.entries import ENLARGED, Entry, Shape, shapes, subject_entries
 from finetune.data.sources import Concept, Picture, Survey, survey
 from finetune.errors import UserError, nearest
 
@@ -145,9 +145,13 @@ def _unfit(recipe: Recipe, found: Survey, entries: Sequence[Entry]) -> Iterator[
     prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
     try:
         classes = foreseen(recipe, found.concepts)
-        preparation.check_words(Batches(recipe, family, found.concepts, classes, Latents(family, recipe.data), prompts))
+        batches = Batches(recipe, family, found.concepts, classes, Latents(family, recipe.data), prompts)
+        preparation.check_words(batches)
     except UserError as error:
         yield Finding("refused", "refused", str(error))
+        return
+    for doubt in batches.doubts if recipe.data.strict else ():
+        yield Finding("refused", "strict", doubt)
 
 
 def _copies(pictures: Sequence[Picture], looks: Sequence[Look]) -> Iterator[Finding]:
@@ -186,7 +190,7 @@ def _sizes(entries: Sequence[Entry]) -> Iterator[Finding]:
         if scale > 1:
             size = f"{picture.facts.width} x {picture.facts.height} pixels"
             text = f"{picture.path.name} is {size}, enlarged {scale:.2g} times for training"
-            yield Finding("doubtful" if scale > 1.5 else "note", "small", text, (picture.id,))
+            yield Finding("doubtful" if scale > ENLARGED else "note", "small", text, (picture.id,))
 
 
 def _captions(concept: Concept, data: DataConfig) -> Iterator[Finding]:

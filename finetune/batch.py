@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,29 +18,56 @@ class Conditioning:
         tokens: one vector per token, float [B, T, D].
         pooled: one vector per prompt, float [B, P], where the family has one.
         mask: True where a token is real, bool [B, T], where the family masks.
+        lengths: how many of the T tokens are each prompt's, where they differ; the others are zeros that no denoiser
+            may see. None where all fill the tensors.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same prompts on ``device``."""
         return self._map(lambda tensor: tensor.to(device))
 
     def rows(self, index: Tensor) -> Conditioning:
-        """The prompts at ``index`` (long or bool [B])."""
-        return self._map(lambda tensor: tensor[index])
+        """The prompts at ``index`` (long or bool [B]), as long as the longest of them."""
+        found = replace(self._map(lambda tensor: tensor[index]), lengths=None)
+        return found if self.lengths is None else found._fitted(torch.tensor(self.lengths)[index.cpu()].tolist())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Conditioning:
+        """Prompts of one length from their ``tensors``."""
+        return cls(tokens=tensors["tokens"], pooled=tensors.get("pooled"), mask=tensors.get("mask"))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        changed = {name: change(tensor) for name, tensor in vars(self).items() if tensor is not None}
-        return Conditioning(**changed)
+        return replace(self.of({name: change(tensor) for name, tensor in self.tensors.items()}), lengths=self.lengths)
+
+    def _fitted(self, lengths: Sequence[int]) -> Conditioning:
+        """With as many tokens as the longest of ``lengths``, one for each prompt."""
+        longest = max(lengths)
+        added = longest - self.tokens.shape[1]
+        return replace(
+            self,
+            tokens=F.pad(self.tokens, (0, 0, 0, added)),
+            mask=None if self.mask is None else F.pad(self.mask, (0, added)),
+            lengths=tuple(lengths) if min(lengths) < longest else None,
+        )
 
     @staticmethod
     def stack(parts: Sequence[Conditioning]) -> Conditioning:
-        """Prompts of several batches of equal length, one after the other."""
-        names = [name for name, value in vars(parts[0]).items() if value is not None]
-        return Conditioning(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        """Prompts of several batches, one after the other."""
+        lengths = [part.lengths or (part.tokens.shape[1],) * len(part.tokens) for part in parts]
+        longest = max(max(own) for own in lengths)
+        fitted = [part._fitted([longest]).tensors for part in parts]
+        whole = Conditioning.of({name: torch.cat([tensors[name] for tensors in fitted]) for name in fitted[0]})
+        return whole._fitted([length for own in lengths for length in own])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +131,25 @@ class Batch:
     def by_size(self, each: Callable[[Batch], Tensor]) -> Tensor:
         """``each`` of the samples of every size together, [B, ...], in this batch's order.
 
+        Samples are of one size where their latents are, and where their prompts that are encoded have as many tokens.
+
         Args:
             each: maps a batch of one size to one row per sample.
         """
-        if self.sizes is None:
+        prompts = [prompt.lengths for prompt in (self.prompt, self.class_prompt) if prompt]
+        differing = [sizes for sizes in (self.sizes, *prompts) if sizes is not None]
+        if not differing:
             return each(self)
-        groups = {size: [i for i, own in enumerate(self.sizes) if own == size] for size in self.sizes}
-        rows = torch.cat([each(self._of(size, places)) for size, places in groups.items()])
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for place, size in enumerate(zip(*differing, strict=True)):
+            groups.setdefault(size, []).append(place)
+        rows = torch.cat([each(self._of(places)) for places in groups.values()])
         order = torch.tensor([place for places in groups.values() for place in places], device=rows.device)
         return rows[order.argsort()]
 
-    def _of(self, size: tuple[int, int], places: Sequence[int]) -> Batch:
+    def _of(self, places: Sequence[int]) -> Batch:
         """The samples at ``places``, all of one size."""
-        height, width = size
+        height, width = self.sizes[places[0]] if self.sizes else self.posterior.mean.shape[-2:]
         index = torch.tensor(places, device=self.prior.device)
         mean, logvar = (part[index, ..., :height, :width] for part in (self.posterior.mean, self.posterior.logvar))
         return Batch(

@@ -135,6 +135,9 @@ def sample(
     guidance_rescale: Annotated[float, typer.Option(min=0, max=1, help="About 0.7 with zero terminal SNR.")] = 0.0,
     scheduler: Annotated[str | None, typer.Option(help="A class of diffusers.", show_default="the model's own")] = None,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.", show_default="the model's")] = None,
+    prompt_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Times the text encoder's 77 tokens.", show_default="what the file says")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
 ) -> None:
     """Draw with an exported adapter, loaded by diffusers as anybody would."""
@@ -144,7 +147,15 @@ def sample(
 
     sampler = SamplerConfig(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale, scheduler=scheduler)
     pictures = export_sample.sample(
-        adapter, prompt, base=base, seed=seed, strength=strength, sampler=sampler, count=count, resolution=resolution
+        adapter,
+        prompt,
+        base=base,
+        seed=seed,
+        strength=strength,
+        sampler=sampler,
+        count=count,
+        resolution=resolution,
+        prompt_chunks=prompt_chunks,
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"
@@ -229,11 +240,11 @@ def tokens(
 
 @app.command()
 def models() -> None:
-    """The architectures that can be trained."""
-    from finetune.families import EMBEDDED, FAMILIES
+    """The architectures that can be trained, and by which methods."""
+    from finetune.families import EMBEDDED
+    from finetune.families.support import table
 
-    for name, family in FAMILIES.items():
-        typer.echo(f"{name}: {', '.join(family.pipelines)} folders and hub models")
+    typer.echo(table())
     typer.echo(f"model.path: {EMBEDDED} is the small model that comes with the toolkit, of the family sd.")
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from finetune.cli_masks import masks
+
 app = typer.Typer(no_args_is_help=True)
+app.command()(masks)
 
 Source = Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Pictures, or a recipe.", show_default=False)]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]

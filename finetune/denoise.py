@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from finetune.adapter import Adapter
-from finetune.batch import Batch
+from finetune.batch import Batch, Conditioning
 from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
 from finetune.family import ModelFamily
 from finetune.objective import Draws, Noised
@@ -36,13 +37,14 @@ def denoising_error(family: ModelFamily, batch: Batch, seed: int) -> Tensor:
     Read the prompt, spoil the latents, predict, compare. Averaging is left to the recipe, which knows which samples
     count for what.
     """
-    return batch.by_size(lambda one: _error(family, one, seed))
+    prompt = batch.prompt or family.encode_prompt(batch.captions)
+    return replace(batch, prompt=prompt, class_prompt=None).by_size(lambda one: _error(family, one, seed))
 
 
 def _error(family: ModelFamily, batch: Batch, seed: int) -> Tensor:
-    prompt = batch.prompt or family.encode_prompt(batch.captions)
+    assert batch.prompt is not None
     noised = spoil(family, batch, seed)
-    answer = family.predict(noised.noisy, noised.timesteps, prompt, batch.geometry)
+    answer = family.predict(noised.noisy, noised.timesteps, batch.prompt, batch.geometry)
     return batch.weight * noised.weight * masked_mean(family.objective.error(answer, noised), batch.mask)
 
 
@@ -52,19 +54,25 @@ def preservation_error(family: ModelFamily, adapter: Adapter, batch: Batch, seed
     The untouched model's answer is the target, on the same noisy latents: prior preservation without class images.
     The batch must carry ``class_captions``.
     """
-    return batch.by_size(lambda one: _drift(family, adapter, one, seed))
+
+    def read() -> Conditioning:
+        return batch.class_prompt or family.encode_prompt(batch.class_captions or ())
+
+    with torch.no_grad(), adapter.disabled():
+        untouched = read()
+    both = replace(batch, prompt=read(), class_prompt=untouched)
+    return both.by_size(lambda one: _drift(family, adapter, one, seed))
 
 
 def _drift(family: ModelFamily, adapter: Adapter, batch: Batch, seed: int) -> Tensor:
+    """Of a batch whose ``prompt`` is the class's as it is read now, and ``class_prompt`` as the untouched model did."""
+    assert batch.prompt is not None and batch.class_prompt is not None
     noised = spoil(family, batch, seed)
-
-    def answer() -> Tensor:
-        prompt = batch.class_prompt or family.encode_prompt(batch.class_captions or ())
-        return family.predict(noised.noisy, noised.timesteps, prompt, batch.geometry)
-
     with torch.no_grad(), adapter.disabled():
-        target = family.objective.restate(answer(), noised)
-    error = family.objective.error(answer(), noised._replace(target=target))
+        untouched = family.predict(noised.noisy, noised.timesteps, batch.class_prompt, batch.geometry)
+        target = family.objective.restate(untouched, noised)
+    answer = family.predict(noised.noisy, noised.timesteps, batch.prompt, batch.geometry)
+    error = family.objective.error(answer, noised._replace(target=target))
     return batch.weight * noised.weight * masked_mean(error, None)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -66,6 +67,16 @@ class Vocabulary:
         return caption
 
 
+def pool_at_end(encoder: Any, tokenizer: Any) -> None:
+    """Let a CLIP text encoder take its pooled answer at the end of the text.
+
+    Published settings name another token, and transformers then takes the place of the highest id: that of a new word.
+    """
+    for part in (encoder, getattr(encoder, "text_model", encoder)):
+        if hasattr(part, "eos_token_id"):
+            part.eos_token_id = part.config.eos_token_id = tokenizer.eos_token_id
+
+
 @dataclass(frozen=True)
 class SharedSpace:
     """The CLIP that a text encoder was taken from: text and pictures become vectors that can be compared.
@@ -94,6 +105,8 @@ class Sites:
         vocabularies: tokenizers and their embedding tables; for textual inversion.
         shared_space: finds the space that the text encoder shares with pictures, given the name of its CLIP where the
             family cannot know it; for aesthetic embeddings.
+        unread: network -> regular expressions searched in names of what nothing reads: a text encoder's last layer
+            where the denoiser is given the state before it. It would never learn, so methods leave it out.
     """
 
     linears: Mapping[str, Mapping[str, Sequence[str]]]
@@ -103,6 +116,12 @@ class Sites:
     shared_space: Callable[[str | None], SharedSpace] | Unsupported = Unsupported(
         "no CLIP is known that its prompts and pictures have in common"
     )
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def read(self, network: str, names: Iterable[str]) -> list[str]:
+        """Those of a network's ``names`` that have a part in the denoiser's answer."""
+        patterns = self.unread.get(network, ())
+        return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 @dataclass(frozen=True)
@@ -114,11 +133,13 @@ class ExportNames:
         kohya: prefix in kohya's files ("lora_unet", "lora_te").
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
+        words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
     """
 
     diffusers: str
     kohya: str
     missing_level: str = ""
+    words: str = ""
 
 
 class ModelFamily(Protocol):
@@ -139,9 +160,11 @@ class ModelFamily(Protocol):
     text_encoders: Sequence[str]  # names of the networks that read prompts
     pixel_multiple: int  # image sides must divide by this
     latent_scale: int  # pixels per latent cell along a side
+    latent_channels: int  # numbers per latent cell, as the autoencoder has them
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set
+    prompt_chunks: int  # how often over a prompt may fill what a text encoder reads at a time; 1 unless it is set
 
     def require(self, *networks: str) -> None:
         """Load the named networks where they are not in memory."""
@@ -168,7 +191,10 @@ class ModelFamily(Protocol):
         ...
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
-        """Tokenize and encode; gradients flow where a text encoder trains. Over-long captions are cut."""
+        """Tokenize and encode; gradients flow where a text encoder trains. Over-long captions are cut.
+
+        With several ``prompt_chunks`` captions take as many as they need, and may so differ in length.
+        """
         ...
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
@@ -177,6 +203,10 @@ class ModelFamily(Protocol):
         Args:
             words: new words and how many tokens each will be, where the tokenizer does not know them yet.
         """
+        ...
+
+    def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens ``encode_prompt`` makes of ``caption``; arguments as of ``caption_overflow``."""
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:

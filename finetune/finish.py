@@ -96,7 +96,8 @@ def report(
     base.release(*list(base.networks))
     file = verified[0].path
     source = None if identify(file).whole else recipe.model.path
-    after = _ask(asked, adapted(folder.adapters, source, device=processes.device), recipe, processes)
+    trained = adapted(folder.adapters, source, device=processes.device, prompt_chunks=recipe.model.prompt_chunks)
+    after = _ask(asked, trained, recipe, processes)
     if not processes.is_main:
         return
     judged = taught[0].evaluate(asked, before, after) if len(taught) == 1 and taught[0] else None
@@ -235,8 +236,10 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
     own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
     loading = "\n".join([own + loading, *lines])
     what = path if len(used) == 1 else path.parent
+    chunks = recipe.model.prompt_chunks
+    long = f" --prompt-chunks {chunks}" if used[0].whole and chunks > 1 else ""
     return [
-        Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0'),
+        Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
             f"from diffusers import StableDiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",

@@ -211,7 +211,7 @@ def test_version_and_unknown_verbs(monkeypatch, capsys) -> None:
 
 def test_models_and_tokens(monkeypatch, capsys, tiny_sd) -> None:
     assert finetune(monkeypatch, "models") == 0
-    assert capsys.readouterr().out.startswith("sd: StableDiffusionPipeline")
+    assert capsys.readouterr().out.startswith("| family | models | lora |")
     assert finetune(monkeypatch, "tokens", tiny_sd, "--count", "3") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3

@@ -284,3 +284,38 @@ def test_text_encoder_feels_the_loss_only_where_it_trains(family: ModelFamily, t
     denoising_error(family, make_batch(), 1).mean().backward()
     assert any(p.grad is not None for p in family.networks["text_encoder"].parameters()) == text_encoder
     assert any(p.grad is not None for p in family.networks["denoiser"].parameters())
+
+
+# ---- prompts of unlike lengths -----------------------------------------------------------------------------------
+
+
+LONG = ("a red star on grass, " * 5, "a zib star", "a blue ring, " * 9 + "a star", "")
+
+
+@pytest.mark.parametrize("sizes", [None, ((8, 8), (8, 8), (4, 8), (8, 8))])
+def test_long_captions_are_what_they_would_be_alone(tiny_sd: Path, sizes: tuple[tuple[int, int], ...] | None) -> None:
+    family = load_family(ModelConfig(path=str(tiny_sd), prompt_chunks=3))
+    family.require("denoiser", "text_encoder")
+    adapter = attach(LoraConfig(kind="lora", rank=4, text_encoder=True), family, seed=0)
+    with torch.no_grad():
+        for group in adapter.groups():
+            for name, parameter in group.parameters.items():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(0, name)))
+    batch = replace(make_batch(), captions=LONG, class_captions=LONG[::-1], sizes=sizes)
+    ahead = Conditioning.stack([family.encode_prompt([caption]) for caption in batch.captions])
+    assert ahead.lengths == (48, 24, 48, 24)
+    error, kept = denoising_error(family, batch, 1), preservation_error(family, adapter, batch, 1)
+    assert bool((kept > 0).all())
+    torch.testing.assert_close(denoising_error(family, replace(batch, prompt=ahead), 1), error, rtol=1e-5, atol=1e-6)
+    for row in range(4):
+        alone = replace(make_batch((row,)), captions=(LONG[row],), class_captions=(LONG[3 - row],))
+        if sizes:
+            height, width = sizes[row]
+            posterior = Posterior(
+                mean=alone.posterior.mean[..., :height, :width], logvar=alone.posterior.logvar[..., :height, :width]
+            )
+            alone = replace(alone, posterior=posterior)
+        torch.testing.assert_close(denoising_error(family, alone, 1), error[[row]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(preservation_error(family, adapter, alone, 1), kept[[row]], rtol=1e-3, atol=1e-6)
+    (error.mean() + kept.mean()).backward()
+    assert all(p.grad is not None for group in adapter.groups() for p in group.parameters.values())

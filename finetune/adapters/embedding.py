@@ -19,7 +19,7 @@ from finetune.adapter import Adapter, ParameterGroup, Weights
 from finetune.adapters.select import check_same
 from finetune.config.adapters import EmbeddingConfig, NormConfig, TokenConfig
 from finetune.errors import UserError, nearest
-from finetune.family import ModelFamily, Vocabulary
+from finetune.family import ModelFamily, Vocabulary, pool_at_end
 from finetune.randomness import generator
 
 GROUP = "embedding"
@@ -96,10 +96,7 @@ class Embedding(Adapter):
         ids = [one for token in self.config.tokens for one in vocabulary.add(token.token, token.vectors)]
         extended = Extended(table, ids[0], torch.cat(starts).to(table.weight.device))
         encoder.set_input_embeddings(extended)
-        # otherwise the pooled output is taken at the highest id, which is now a new word and not the end
-        for part in (encoder, getattr(encoder, "text_model", encoder)):
-            if hasattr(part, "eos_token_id"):
-                part.eos_token_id = part.config.eos_token_id = tokenizer.eos_token_id
+        pool_at_end(encoder, tokenizer)
         self.tables[network] = extended
 
     def groups(self) -> list[ParameterGroup]:

@@ -56,8 +56,9 @@ class Full(Adapter):
 
     def _select(self, network: str, wanted: str | list[str]) -> None:
         named = dict(self.family.networks[network].named_parameters())
-        presets = self.family.sites.selections
-        chosen = select("adapter.select", wanted, presets, network, list(named), re.Pattern.search)
+        sites = self.family.sites
+        names = sites.read(network, named)
+        chosen = select("adapter.select", wanted, sites.selections, network, names, re.Pattern.search)
         self.parameters |= {f"{network}.{name}": named[name] for name in chosen}
 
     def groups(self) -> list[ParameterGroup]:

@@ -137,6 +137,7 @@ def _chosen(network: str, config: InjectedConfig, family: ModelFamily) -> dict[s
     modules = family.networks[network].named_modules()
     adaptable = {name: part for name, part in modules if isinstance(part, nn.Linear | nn.Conv2d)}
     wanted = config.targets if network == "denoiser" else "attention"  # patterns of one's own are about the denoiser
-    presets = family.sites.linears
-    names = select("adapter.targets", wanted, presets, network, list(adaptable), re.Pattern.fullmatch)
+    sites = family.sites
+    readable = sites.read(network, adaptable)
+    names = select("adapter.targets", wanted, sites.linears, network, readable, re.Pattern.fullmatch)
     return {name: adaptable[name] for name in names}

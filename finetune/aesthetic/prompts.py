@@ -32,7 +32,10 @@ def attach(pipeline: Any, aesthetic: Aesthetic) -> Attached:
     if width != expected:
         raise UserError(f"the aesthetic embedding is for a text encoder {expected} wide, this one is {width} wide")
     if "encode_prompt" in vars(pipeline):
-        raise UserError(f"this {kind} has an aesthetic embedding already; remove that one first")
+        raise UserError(
+            f"this {kind} has an aesthetic embedding already, which must be removed first, or reads prompts in several "
+            "chunks, which an aesthetic embedding cannot follow"
+        )
     return Attached(pipeline, aesthetic)
 
 

@@ -160,13 +160,18 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
     for name in type(recipe.train).model_fields:
         if name not in ("device", "threads") and getattr(recipe.train, name) != getattr(TrainConfig(), name):
             yield Contradiction(("train", name), "has no part in an aesthetic embedding, which trains no weights")
-    for name in ("balance", "flip", "buckets", "more_resolutions", "caption_dropout", "wording", "unmasked_weight"):
+    drawing = ("balance", "flip", "buckets", "more_resolutions", "unmasked_weight", "unmasked_probability")
+    for name in (*drawing, "caption_dropout", "caption_dropout_every_n_epochs", "wording"):
         if getattr(recipe.data, name):
             yield Contradiction(("data", name), "has no part in an aesthetic embedding: whole pictures are averaged")
     for index, concept in enumerate(recipe.data.concepts):
         if concept.masks is not None:
             at = ("data", "concepts", index, "masks")
             yield Contradiction(at, "has no part in an aesthetic embedding: whole pictures are averaged")
+    if recipe.model.prompt_chunks > 1:
+        yield Contradiction(
+            ("model", "prompt_chunks"), "must be 1: an aesthetic embedding follows prompts of one chunk"
+        )
     for section, key in (("samples", recipe.samples.every), ("checkpoint", recipe.checkpoint.every)):
         if key is not None:
             yield Contradiction((section, "every"), "has no part in an aesthetic embedding, which takes no steps")

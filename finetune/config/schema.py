@@ -20,10 +20,13 @@ class ModelConfig(Section):
 
     path: Text = "tinyworld"
     """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
-    family: Literal["sd"] | None = None
+    family: Text | None = None
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None
     """Commit or tag of a hub model."""
+    prompt_chunks: PositiveInt = 1
+    """How many times the text encoder's 77 tokens a prompt may fill, in training and in pictures; it takes as many as
+    it needs. 1 cuts what is longer."""
 
 
 class ConceptConfig(Section):
@@ -37,6 +40,9 @@ class ConceptConfig(Section):
     captions: Literal["auto", "sidecar", "metadata", "prompt", "filename", "folder"] = "auto"
     """Where captions come from; `auto` takes metadata, then a text file beside the picture, then the prompt. `filename`
     takes the picture's name, `folder` the folder's where it is called as kohya has it: `10_zib star`."""
+    caption_lines: Literal["join", "choose", "first"] = "join"
+    """Of a text file beside a picture: `join` makes its lines one caption, `choose` a caption each, of which every draw
+    takes one, `first` leaves out all but the first."""
     class_prompt: Text | None = None
     """What the subject is, without the rare token: "a star". Needed by prior preservation."""
     trigger: Text | None = None
@@ -93,10 +99,16 @@ class DataConfig(Section):
     """Mirror half of the draws."""
     caption_dropout: Probability = 0.0
     """Share of draws that see the empty caption."""
+    caption_dropout_every_n_epochs: Annotated[int, Field(ge=2)] | None = None
+    """All draws of every n-th epoch see the empty caption, besides."""
     wording: WordingConfig | None = None
     """What is done to the other draws' captions; they stay as they are where it is not set."""
     unmasked_weight: Fraction = 0.0
     """How much places outside a mask count."""
+    strict: bool = False
+    """Refuse what is doubtful of pictures and captions, and would be a line of the log otherwise: docs/data.md."""
+    unmasked_probability: Probability = 0.0
+    """Share of draws in which all places count, as if there were no mask."""
     cache: CacheConfig = CacheConfig()
 
 

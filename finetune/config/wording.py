@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import NonNegativeInt
 
@@ -36,7 +36,14 @@ class WordingConfig(Section):
     """A mark such as `|||` in captions: tags before it are fixed, and so are those behind a second one. It is removed.
     `keep_tokens` counts where a caption has no mark."""
     tag_dropout: Fraction = 0.0
-    """Share of the flexible tags that is left out, each by itself."""
+    """Share of the flexible tags that is left out."""
+    tag_dropout_mode: Literal["random", "full", "weighted"] = "random"
+    """`random` leaves out each by itself, `full` all of them together, `weighted` each by itself and later ones more
+    often: tag i of n, counted from 0 as they stand in the caption, with `i / n` of `tag_dropout`."""
+    tag_dropout_except: list[Text] = []
+    """Tags that are never left out; `*` and `?` stand for any letters and for one: `["zib *", "?girl"]`."""
+    tag_dropout_only: list[Text] = []
+    """The only tags that are ever left out, written likewise; all where it is empty."""
     tag_warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the flexible tags in use grow from the first one to all."""
     wildcards: bool = False
@@ -87,6 +94,12 @@ def contradictions(recipe: Recipe) -> Iterator[Found]:
         return
     if wording.keep_tokens and not wording.moves:
         yield (*AT, "keep_tokens"), "is set, but no tag is shuffled or left out"
+    for name in ("mode", "except", "only"):
+        key = f"tag_dropout_{name}"
+        if not wording.tag_dropout and getattr(wording, key) != WordingConfig.model_fields[key].default:
+            yield (*AT, key), "is set, but tag_dropout is 0"
+    if wording.tag_dropout_except and wording.tag_dropout_only:
+        yield (*AT, "tag_dropout_except"), "is set with tag_dropout_only, which says already which tags stay"
     if wording.tag_warmup_steps > recipe.train.total_steps:
         text = f"must be at most the run's {recipe.train.total_steps} steps, not {wording.tag_warmup_steps}"
         yield (*AT, "tag_warmup_steps"), text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from finetune.config.adapters import new_words
 from finetune.config.schema import ModelPrior, Recipe
 from finetune.data import captions, images, wording
 from finetune.data.encode import Latents, Prompts
-from finetune.data.entries import Entry, class_entries, draws_per_epoch, order, subject_entries
+from finetune.data.entries import ENLARGED, Entry, class_entries, draws_per_epoch, order, subject_entries
 from finetune.data.processes import Alone, Processes
 from finetune.data.sampler import Drawn, Share
 from finetune.data.sources import Concept, Picture
@@ -98,7 +98,7 @@ class Batches:
             weight=torch.tensor([picture.weight for picture in pictures], dtype=torch.float32),
             timestep_bias=self._biases(pictures),
             geometry=torch.stack([images.geometry(entry.picture, entry.crop, flip) for entry, flip in mirrored]),
-            mask=self._masks(mirrored) if self.masked else None,
+            mask=self._masks(drawn, mirrored) if self.masked else None,
             prompt=self._encoded(texts),
             class_captions=class_captions,
             class_prompt=self._encoded(class_captions) if class_captions else None,
@@ -118,6 +118,8 @@ class Batches:
         own = (picture.captions, self.recipe.seed, picture.id, one.number)
         if one.prior:
             return captions.draw(*own)
+        if data.caption_dropout_every_n_epochs and (one.epoch + 1) % data.caption_dropout_every_n_epochs == 0:
+            return ""
         return captions.draw(*own, data.caption_dropout, data.wording, one.number // self.share.per_step)
 
     def flipped(self, one: Drawn) -> bool:
@@ -132,14 +134,22 @@ class Batches:
         own = [run if picture.timestep_bias is None else picture.timestep_bias for picture in pictures]
         return torch.tensor(own, dtype=torch.float32)
 
+    def unmasked_weight(self, one: Drawn) -> float:
+        """How much places outside its mask count in a draw; 1 where it leaves the mask out."""
+        data, name = self.recipe.data, self.entry(one).picture.id
+        dropped = captions.chance(self.recipe.seed, "unmasked", name, one.number) < data.unmasked_probability
+        return 1.0 if dropped else data.unmasked_weight
+
     def _class_captions(self, drawn: Sequence[Drawn]) -> tuple[str, ...] | None:
         if not isinstance(self.recipe.prior, ModelPrior):
             return None
         return tuple(self._subjects[one.item].class_prompt or "" for one in drawn)
 
-    def _masks(self, mirrored: Sequence[tuple[Entry, bool]]) -> Tensor:
-        least = self.recipe.data.unmasked_weight
-        masks = [(self._mask(entry).clamp(min=least), flip) for entry, flip in mirrored]
+    def _masks(self, drawn: Sequence[Drawn], mirrored: Sequence[tuple[Entry, bool]]) -> Tensor:
+        least = [self.unmasked_weight(one) for one in drawn]
+        masks = [
+            (self._mask(entry).clamp(min=weight), flip) for (entry, flip), weight in zip(mirrored, least, strict=True)
+        ]
         return _padded([(mask.flip(-1) if flip else mask)[None] for mask, flip in masks])
 
     def _encoded(self, texts: Sequence[str]) -> Conditioning | None:
@@ -181,7 +191,9 @@ class Batches:
         texts += [text for picture in self.classes for text in picture.captions]
         if isinstance(self.recipe.prior, ModelPrior):
             texts += [concept.config.class_prompt or "" for concept in self.concepts]
-        return list(dict.fromkeys([*texts, *([""] if self.recipe.data.caption_dropout else [])]))
+        data = self.recipe.data
+        drops = data.caption_dropout or data.caption_dropout_every_n_epochs
+        return list(dict.fromkeys([*texts, *([""] if drops else [])]))
 
     @property
     def _varies(self) -> bool:
@@ -209,18 +221,29 @@ class Batches:
     @cached_property
     def notes(self) -> list[str]:
         """What a person should know of the pictures and captions, a sentence each."""
-        notes = [note for concept in self.concepts for note in concept.notes]
-        if small := self._enlarged():
+        notes = list(self.doubts)
+        if small := sum(scale > 1 for scale in self._scales):
             least = "their shape" if self.recipe.data.buckets else f"{self.recipe.data.resolution} pixels"
             notes.append(f"{small} of {len(self.pictures)} pictures are smaller than {least} and are enlarged")
+        return notes
+
+    @cached_property
+    def doubts(self) -> list[str]:
+        """Those of ``notes`` that are probably mistakes, and that ``data.strict`` refuses."""
+        doubts = [note for concept in self.concepts for note in concept.notes]
+        if large := sum(scale > ENLARGED for scale in self._scales):
+            doubts.append(f"{large} of {len(self.pictures)} pictures are enlarged more than {ENLARGED} times")
+        own = (text for concept in self.concepts for picture in concept.pictures for text in picture.captions)
+        if unknown := wording.unmatched(own, self.recipe.data.wording):
+            doubts.append(f"tag_dropout: no tag of a caption is {' or '.join(map(repr, unknown))}")
         if self.recipe.adapter.kind == "embedding" and self.recipe.prior.kind != "none":
-            notes.append("the prior changes nothing: no class caption holds a new word, and nothing else trains")
+            doubts.append("the prior changes nothing: no class caption holds a new word, and nothing else trains")
         if cut := self._cut:
             text, lost = max(cut.items(), key=lambda item: item[1])
-            notes.append(
+            doubts.append(
                 f"{len(cut)} of {len(self.final_captions)} captions are too long: {text!r} loses {lost} tokens"
             )
-        return notes
+        return doubts
 
     @cached_property
     def _cut(self) -> dict[str, int]:
@@ -228,9 +251,11 @@ class Batches:
         lost = {text: self.family.caption_overflow(text, self.words) for text in self.final_captions}
         return {text: count for text, count in lost.items() if count}
 
-    def _enlarged(self) -> int:
-        crops = {entry.picture.id: entry.crop.width > entry.picture.facts.width for entry in reversed(self.entries)}
-        return sum(crops.values())  # at the first resolution
+    @property
+    def _scales(self) -> Iterable[float]:
+        """How much each picture is enlarged at the first resolution."""
+        crops = {entry.picture.id: entry.crop.width / entry.picture.facts.width for entry in reversed(self.entries)}
+        return crops.values()
 
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the report, as plain numbers and strings."""

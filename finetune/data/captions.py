@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from finetune.config.wording import WordingConfig
 from finetune.data.decoding import read
@@ -19,6 +20,8 @@ from finetune.randomness import derive
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
 LONGEST = 20_000  # characters; no text encoder reads a tenth of it
+
+Lines = Literal["join", "choose", "first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,11 @@ def chance(seed: int, purpose: str, sample_id: str, number: int) -> float:
     return derive(seed, purpose, sample_id, number) / 2**63
 
 
-def read_sidecar(picture: Path) -> tuple[str, ...]:
-    """The caption in the text file beside a picture; none where there is no file or nothing in it.
+def read_sidecar(picture: Path, lines: Lines = "join") -> tuple[str, ...]:
+    """The captions in the text file beside a picture; none where there is no file or nothing in it.
 
-    Line breaks count as spaces.
+    Args:
+        lines: what its lines are: together one caption, a caption each, or nothing but the first.
 
     Raises:
         UserError: the file is not UTF-8, or no caption.
@@ -73,8 +77,10 @@ def read_sidecar(picture: Path) -> tuple[str, ...]:
     for suffix in SIDECARS:
         path = picture.with_suffix(suffix)
         if path.is_file():
-            text = _tidy(_decode(read(path), str(path)), str(path))
-            return (text,) if text else ()
+            content = _decode(read(path), str(path))
+            texts = [_tidy(text, str(path)) for text in ([content] if lines == "join" else content.splitlines())]
+            own = tuple(text for text in texts if text)
+            return own[:1] if lines == "first" else own
     return ()
 
 

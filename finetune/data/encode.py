@@ -82,11 +82,12 @@ class Prompts:
 
     def get(self, caption: str) -> Conditioning:
         """One caption as the denoiser reads it."""
-        return Conditioning(**self.store.get(self.key(caption), lambda: self._encode(caption)))
+        return Conditioning.of(self.store.get(self.key(caption), lambda: self._encode(caption)))
 
     def key(self, caption: str) -> str:
         """The name of a caption's entry in the store."""
-        return key("prompt", family=self.family.name, encoder=self._encoder, caption=caption)
+        chunks = self.family.prompt_chunks
+        return key("prompt", family=self.family.name, encoder=self._encoder, chunks=chunks, caption=caption)
 
     def stack(self, captions: Iterable[str]) -> Conditioning:
         """Several captions, each encoded alone."""
@@ -96,7 +97,7 @@ class Prompts:
     def _encode(self, caption: str) -> Tensors:
         self.family.require(*self.family.text_encoders)
         encoded = self.family.encode_prompt([caption])
-        return {label: tensor.cpu() for label, tensor in vars(encoded).items() if tensor is not None}
+        return {label: tensor.cpu() for label, tensor in encoded.tensors.items()}
 
 
 def shared(items: Sequence[Callable[[], object]], processes: Processes) -> None:

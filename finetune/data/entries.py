@@ -23,6 +23,8 @@ from finetune.data.sampler import (
 )
 from finetune.data.sources import Concept, Picture
 
+ENLARGED = 1.5  # times and more are probably a mistake
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:

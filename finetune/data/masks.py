@@ -41,10 +41,15 @@ def find_mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Pa
     return mask or ALPHA
 
 
+def mask_files(stem: str, folder: Path) -> list[Path]:
+    """Files in a folder of masks that could belong to the picture of a name, in order: the first counts."""
+    return [file for file in sorted(folder.glob(f"{_escaped(stem)}.*")) if decoding.is_picture(file)]
+
+
 def _mask_file(path: Path, folder: Path, where: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{where}.masks: {folder} does not exist{nearest_folder(folder)}")
-    found = [file for file in sorted(folder.glob(f"{_escaped(path.stem)}.*")) if decoding.is_picture(file)]
+    found = mask_files(path.stem, folder)
     if not found:
         names = [file.stem for file in folder.iterdir() if decoding.is_picture(file)]
         raise UserError(f"{path}: has no mask in {folder}; expected {path.stem}.png{nearest(path.stem, names[:20])}")

@@ -49,7 +49,8 @@ def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | Non
         processes: of the run; class images and encodings are shared out among them.
 
     Raises:
-        UserError: everything that is wrong with the pictures, or a resolution that the model cannot take.
+        UserError: everything that is wrong with the pictures, or doubtful of them with ``data.strict``, or a resolution
+            that the model cannot take.
         GuardError: something trains already, or an encoder gives numbers that are not finite.
     """
     processes = processes or Alone()
@@ -63,9 +64,12 @@ def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | Non
     if processes.rank == 0:
         remove_stale(Path(recipe.data.cache.folder))
     processes.barrier()
+    parts = (Latents(family, recipe.data), None if recipe.adapter.trains_text else Prompts(family, recipe.data))
+    if recipe.data.strict:  # before class images are drawn, which takes long
+        foreseen = Batches(recipe, family, concepts, prior.foreseen(recipe, concepts), *parts, processes)
+        sources.refuse_doubts(recipe.data, foreseen.doubts)
     classes = prior.class_images(recipe, family, concepts, processes)
-    prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
-    batches = Batches(recipe, family, concepts, classes, Latents(family, recipe.data), prompts, processes)
+    batches = Batches(recipe, family, concepts, classes, *parts, processes)
     check_words(batches)
     _encode(batches, recipe, family, processes)
     if processes.rank == 0:

@@ -133,8 +133,10 @@ class ClassImages:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the images; another value of any of these is another folder."""
+        chunks = self.family.prompt_chunks
         return {
             "prompt": self.prompt,
+            **({"prompt_chunks": chunks} if chunks > 1 else {}),
             "family": self.family.name,
             "model": self.family.fingerprint("denoiser", "vae", *self.family.text_encoders),
             "resolution": self.recipe.data.resolution,

@@ -21,11 +21,12 @@ CLASS_ORDER, MIXED_ORDER = "class order", "mixed order"  # purposes
 
 
 class Drawn(NamedTuple):
-    """A draw of the endless order."""
+    """A draw of the endless order; ``epoch`` is that of the subjects."""
 
     number: int
     item: int  # index among the subjects' pictures, or among the class's
     prior: bool  # which of the two
+    epoch: int
 
 
 class Order(Protocol):
@@ -182,8 +183,8 @@ class Plain:
     def at(self, number: int) -> Sequence[Drawn]:
         """One picture of a subject."""
         length = len(self.items)
-        place = (self.places or Shuffled(length, self.seed))[number]
-        return [Drawn(number, self.items.of(number // length, place), prior=False)]
+        place, epoch = (self.places or Shuffled(length, self.seed))[number], number // length
+        return [Drawn(number, self.items.of(epoch, place), prior=False, epoch=epoch)]
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ class Pairwise:
     def at(self, number: int) -> Sequence[Drawn]:
         """A picture of a subject and one of the class."""
         shown = (self.class_places or Shuffled(self.classes, self.seed, CLASS_ORDER))[number]
-        return [*Plain(self.items, self.seed, self.places).at(number), Drawn(number, shown, prior=True)]
+        (subject,) = Plain(self.items, self.seed, self.places).at(number)
+        return [subject, Drawn(number, shown, prior=True, epoch=subject.epoch)]
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,9 @@ class Mixed:
         """What stands at a place of an epoch: subjects in the first half."""
         half = len(self.items)
         if place < half:
-            return Drawn(number, self.items.of(epoch, place), prior=False)
+            return Drawn(number, self.items.of(epoch, place), prior=False, epoch=epoch)
         turn = epoch * half + place - half
-        return Drawn(number, Shuffled(self.classes, self.seed, CLASS_ORDER)[turn], prior=True)
+        return Drawn(number, Shuffled(self.classes, self.seed, CLASS_ORDER)[turn], prior=True, epoch=epoch)
 
 
 @dataclass(frozen=True)

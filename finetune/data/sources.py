@@ -131,6 +131,13 @@ def refuse(problems: Sequence[str]) -> None:
         raise UserError(f"{len(problems)} things are wrong with the pictures:{lines}")
 
 
+def refuse_doubts(data: DataConfig, doubts: Sequence[str]) -> None:
+    """Raise one ``UserError`` that lists ``doubts``, where there are any and ``data.strict`` is set."""
+    if data.strict and doubts:
+        lines = "".join(f"\n  {doubt}" for doubt in doubts)
+        raise UserError(f"data.strict: {_count(len(doubts), 'thing is', 'things are')} doubtful:{lines}")
+
+
 def _unused(word: str, texts: Sequence[str]) -> str:
     return (
         f"adapter.tokens: {word!r} stands in no caption, so nothing would be learned; a caption is {texts[0]!r}. "
@@ -159,22 +166,30 @@ def _scan(
     names = [path.relative_to(folder).as_posix() for path in files]
     for name in missing:
         problems.append(f"{metadata}:{rows[name].line}: there is no {name} in the folder{nearest(name, names[:20])}")
-    pictures = []
+    captioned = captioned and not (wording and wording.replaces)
+    pictures, fallen = [], []
     for path, name in zip(files, names, strict=True):
         try:
             _check_name(path)
             facts = decoding.inspect(path)
-            texts = _captions(path, rows.get(name), config, captioned and not (wording and wording.replaces))
+            own = _own_captions(path, rows.get(name), config)
+            texts = own or _instead(path, config, captioned)
             texts = wording.captions(texts, config.trigger) if wording else texts
             mask = find_mask(path, facts, config, where)
             pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight, config.timestep_bias))
+            fallen += [] if own else [name]
         except UserError as error:
             problems.append(str(error))
     stems = {path.stem for path in files}
     ignored = [
         path for path in others if path != metadata and not (path.suffix in captions.SIDECARS and path.stem in stems)
     ]
-    return Concept(config, tuple(pictures), tuple(_notes(config, pictures, ignored, reworded)))
+    notes = _notes(config, pictures, ignored, reworded)
+    expected = config.captions not in ("auto", "prompt") or len(fallen) < len(pictures)
+    if captioned and fallen and expected and config.prompt is not None:
+        alone, several = "picture has no caption of its own and takes", "pictures have no caption of their own and take"
+        notes.append(f"{config.folder}: {_count(len(fallen), alone, several)} the prompt: {_some(fallen)}")
+    return Concept(config, tuple(pictures), tuple(notes))
 
 
 def _check_name(path: Path) -> None:
@@ -199,24 +214,28 @@ def _metadata(
     return path, rows
 
 
-def _captions(path: Path, row: captions.Row | None, config: ConceptConfig, captioned: bool) -> tuple[str, ...]:
+def _own_captions(path: Path, row: captions.Row | None, config: ConceptConfig) -> tuple[str, ...]:
+    """A picture's captions from where the concept says; none where there are none."""
     texts: tuple[str, ...] = ()
     if config.captions in ("auto", "metadata") and row:
         texts = row.captions
     if not texts and config.captions in ("auto", "sidecar"):
-        texts = captions.read_sidecar(path)
+        texts = captions.read_sidecar(path, config.caption_lines)
     if config.captions == "filename":
         texts = captions.from_name(path)
     if config.captions == "folder" and config.folder_name:
         texts = (config.folder_name.caption,)
-    if not texts and config.prompt is not None:
-        texts = (config.prompt,)
-    if not texts and not captioned:
-        return ("",)
-    if not texts:
-        mend = "give it a name with words" if config.captions == "filename" else f"write {path.stem}.txt beside it"
-        raise UserError(f"{path}: has no caption: {mend}, or set prompt for those without")
     return texts
+
+
+def _instead(path: Path, config: ConceptConfig, captioned: bool) -> tuple[str, ...]:
+    """What a picture without captions of its own takes."""
+    if config.prompt is not None:
+        return (config.prompt,)
+    if not captioned:
+        return ("",)
+    mend = "give it a name with words" if config.captions == "filename" else f"write {path.stem}.txt beside it"
+    raise UserError(f"{path}: has no caption: {mend}, or set prompt for those without")
 
 
 def _notes(

@@ -1,6 +1,6 @@
 """What a draw makes of its caption: tags shuffled and left out, wildcards, replacements. No torch.
 
-The steps and their order are those of kohya's caption processing.
+The steps and their order are those of kohya's caption processing, the modes of tag dropout OneTrainer's.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 
 from finetune.config.wording import WordingConfig
 from finetune.errors import UserError
@@ -49,6 +50,14 @@ def plain(text: str, config: WordingConfig | None) -> str:
 def everything(text: str, config: WordingConfig | None) -> str:
     """All words that some draw of a caption can hold, every choice included."""
     return text if config is None else _replaced(_framed(text, config), config)
+
+
+def unmatched(texts: Iterable[str], config: WordingConfig | None) -> list[str]:
+    """Entries of the lists of tag dropout that no flexible tag of ``texts`` is; none where wildcards may make one."""
+    if config is None or config.wildcards or not (patterns := config.tag_dropout_except + config.tag_dropout_only):
+        return []
+    tags = {tag for text in texts for tag in _parts(_framed(text, config), config)[1]}
+    return [pattern for pattern in patterns if not any(_listed(tag, [pattern]) for tag in tags)]
 
 
 def distinct(texts: Iterable[str], ahead: bool) -> list[str]:
@@ -100,8 +109,25 @@ def _tagged(text: str, config: WordingConfig, draw: Draw, step: int) -> str:
     if config.shuffle:
         tags.sort(key=lambda tag: draw(f"tag order {tag[0]}"))
     if config.tag_dropout:
-        tags = [tag for tag in tags if draw(f"tag dropout {tag[0]}") >= config.tag_dropout * 2**63]
+        count = len(tags)
+        tags = [(place, tag) for place, tag in tags if not _dropped(place, count, tag, config, draw)]
     return _joint(config).join([*first, *(tag for _, tag in tags), *last])
+
+
+def _dropped(place: int, count: int, tag: str, config: WordingConfig, draw: Draw) -> bool:
+    """Whether a draw leaves out flexible tag ``place`` of ``count``, as OneTrainer's modes and lists have it."""
+    if _listed(tag, config.tag_dropout_except) or (
+        config.tag_dropout_only and not _listed(tag, config.tag_dropout_only)
+    ):
+        return False
+    share = config.tag_dropout * (place / count if config.tag_dropout_mode == "weighted" else 1)
+    purpose = "tag dropout" if config.tag_dropout_mode == "full" else f"tag dropout {place}"
+    return draw(purpose) < share * 2**63
+
+
+def _listed(tag: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern with ``*`` and ``?`` is the whole ``tag``, whatever their case. Brackets are themselves."""
+    return any(fnmatchcase(tag.lower(), pattern.lower().replace("[", "[[]")) for pattern in patterns)
 
 
 def _parts(text: str, config: WordingConfig) -> tuple[list[str], list[str], list[str]]:

@@ -16,6 +16,7 @@ from finetune.export.checks import Report, quiet
 from finetune.export.compare import TOLERANCE, answer, close, identical, mapped
 from finetune.export.layers import Layer, applied, check
 from finetune.export.read import Identity, read_tensors
+from finetune.export.words import text_encoders
 from finetune.family import ModelFamily
 
 READERS = ("a1111",)
@@ -44,16 +45,18 @@ def check_file(
 
 
 def _same(tensors: dict[str, Tensor], weights: Weights, family: ModelFamily) -> str:
-    wanted = pack(*parts_of(weights), family.export_names, next(iter(tensors.values())).dtype)
+    wanted = pack(*parts_of(weights, family.export_names), family.export_names, next(iter(tensors.values())).dtype)
     return identical(tensors, wanted)
 
 
 def _widths(held: Parts, family: ModelFamily) -> str:
-    width = int(_table(family).shape[1])
-    for word, rows in held.words.items():
-        if rows.shape[1] != width:
-            raise GuardError(f"{word} has vectors of {rows.shape[1]} numbers, the text encoder's words have {width}")
-    return f"{width}, as the text encoder's words"
+    vocabularies = family.sites.vocabularies
+    widths = [int(_table(family.networks[one.network]).shape[1]) for one in vocabularies]
+    for word, parts in held.words.items():
+        found = [rows.shape[1] for rows in parts.values()]
+        if found != widths:
+            raise GuardError(f"{word} has vectors of {found} numbers, the words of the text encoders have {widths}")
+    return f"{' and '.join(map(str, widths))}, as the words of the text encoders"
 
 
 @torch.no_grad()
@@ -72,20 +75,21 @@ def _check_loaded(report: Report, found: Identity, family: ModelFamily, held: Pa
 
     if report.run("diffusers: loads", load) is None:
         return
-    report.run("diffusers: words arrive", lambda: _arrived(held, family, pipeline))
+    report.run("diffusers: words arrive", lambda: _arrived(held, pipeline))
     report.run("diffusers: output", lambda: close(answer(family), wanted, base, tolerance))
 
 
-def _arrived(held: Parts, family: ModelFamily, pipeline: Any) -> str:
-    table, tokenizer = _table(family), pipeline.tokenizer
-    for word, rows in held.words.items():
-        ids = tokenizer(pipeline.maybe_convert_prompt(word, tokenizer), add_special_tokens=False).input_ids
-        if len(ids) != len(rows) or not torch.equal(table[ids], rows.to(table)):
-            raise GuardError(f"{word} is loaded with other vectors than the file's")
+def _arrived(held: Parts, pipeline: Any) -> str:
+    readers = text_encoders(pipeline)
+    for word, parts in held.words.items():
+        for (encoder, tokenizer), rows in zip(readers.values(), parts.values(), strict=True):
+            table = _table(encoder)
+            ids = tokenizer(pipeline.maybe_convert_prompt(word, tokenizer), add_special_tokens=False).input_ids
+            if len(ids) != len(rows) or not torch.equal(table[ids], rows.to(table)):
+                raise GuardError(f"{word} is loaded with other vectors than the file's")
     return f"bit for bit: {', '.join(held.words)}"
 
 
-def _table(family: ModelFamily) -> Tensor:
-    encoder: Any = family.networks[family.text_encoders[0]]
+def _table(encoder: Any) -> Tensor:
     table: Tensor = encoder.get_input_embeddings().weight
     return table

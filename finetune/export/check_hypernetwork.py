@@ -73,7 +73,7 @@ def require_same(path: Path, expected: Stored) -> str:
 @torch.no_grad()
 def _check_diffusers(report: Report, found: Identity, family: ModelFamily, expected: Stored) -> None:
     """Load the file into a fresh pipeline, and compare with the trained network before a denoiser of its own."""
-    family.require("denoiser", "text_encoder")
+    family.require("denoiser", *family.text_encoders)
     base = answer(family)
     dtype = next(iter(read(found.path).tensors.values())).dtype
     rounded = {name: tensor.to(dtype) for name, tensor in expected.tensors.items()}

@@ -46,7 +46,7 @@ def check_file(
         report.run("attention", lambda: _whole_attention(unpacked))
     if not report.passed:
         return
-    family.require("denoiser", "text_encoder")
+    family.require("denoiser", *family.text_encoders)
     networks = {name: family.networks[name] for name in names}
     if report.run("shapes", lambda: _shapes(unpacked, networks)) is None:
         return

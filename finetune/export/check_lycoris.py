@@ -58,7 +58,7 @@ def check_file(
         report.run("equal to memory", lambda: identical(tensors, file))
     if not report.passed:
         return
-    family.require("denoiser", "text_encoder")
+    family.require("denoiser", *family.text_encoders)
     if report.run("shapes", lambda: _shapes(changes, family)) is None:
         return
     readable = READERS[found.layout]

@@ -75,9 +75,9 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 def answer(family: ModelFamily) -> Tensor:
     """An encoded prompt and the denoiser's answer to it, both flattened into one tensor."""
     cells = 2 * family.pixel_multiple // family.latent_scale
-    channels = int(family.networks["denoiser"].get_parameter("conv_in.weight").shape[1])
-    noisy = torch.randn((1, channels, cells, cells), generator=generator(0, "verify"))
+    noisy = torch.randn((1, family.latent_channels, cells, cells), generator=generator(0, "verify"))
     prompt = family.encode_prompt(["a photo of a dog"])
     geometry = torch.tensor([[0, 0, 0, 0, 0, 0]])
     answer = family.predict(noisy, torch.tensor([400]), prompt, geometry)
-    return torch.cat((prompt.tokens.flatten(), answer.flatten()))
+    pooled = () if prompt.pooled is None else (prompt.pooled.flatten(),)
+    return torch.cat((prompt.tokens.flatten(), *pooled, answer.flatten()))

@@ -27,6 +27,7 @@ from finetune.export.embedding import CONVENTIONAL, Stored, file_stem, read
 from finetune.export.embedding import write as write_word
 from finetune.export.metadata import OWN
 from finetune.export.read import DELTA_FILE, Identity, pieces, read_tensors
+from finetune.export.words import load_word
 from finetune.family import ModelFamily, Unsupported
 from finetune.files import write_tensors
 from finetune.randomness import generator
@@ -70,7 +71,7 @@ def merge_concepts(
     concepts = [_concept(path, prompts[i] if prompts else None) for i, path in enumerate(paths)]
     if base is None and len(bases := sorted({concept.delta.base or "?" for concept in concepts})) > 1:
         raise UserError(f"the concepts belong to different base models ({', '.join(bases)}); name one with --base")
-    family = load_base(concepts[0].delta, base)
+    family = load_base(concepts[0].delta, base, prompt_chunks=1)
     trained = [unpack(read_tensors(concept.delta.path), family.export_names) for concept in concepts]
     weights = _base_of(trained, concepts, family)
     pipeline = family.pipeline()
@@ -189,8 +190,7 @@ def _learn_words(pipeline: Any, concepts: Sequence[Concept]) -> None:
                 there = seen[file_stem(word.token)]
                 raise UserError(f"{there} and {concept.delta.path} teach the same word {word.token!r}: train another")
             seen[file_stem(word.token)] = concept.delta.path
-            with torch.random.fork_rng(devices=[]):  # transformers draws rows that are then replaced
-                pipeline.load_textual_inversion({word.token: word.rows}, token=word.token)
+            load_word(pipeline, word)
 
 
 def _header(concepts: Sequence[Concept]) -> dict[str, str]:

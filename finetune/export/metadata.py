@@ -37,6 +37,7 @@ def describe(
         "family": family.name,
         "base": recipe.model.path,
         "revision": recipe.model.revision or "",
+        "prompt_chunks": str(recipe.model.prompt_chunks) if recipe.model.prompt_chunks > 1 else "",
         "recipe": recipe.recipe,
         "steps": str(recipe.train.total_steps),
         "seed": str(recipe.seed),

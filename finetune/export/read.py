@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,12 @@ class Identity:
     def base(self) -> str | None:
         """The base model that a file says it was trained on."""
         return self.metadata.get(f"{OWN}base")
+
+    @property
+    def prompt_chunks(self) -> int:
+        """How long the prompts may be that a file was trained with; 1 where it does not say a number."""
+        said = self.metadata.get(f"{OWN}prompt_chunks", "")
+        return int(said) if re.fullmatch(r"[1-9]\d{0,3}", said) else 1
 
     @property
     def format(self) -> Format:
@@ -178,8 +185,12 @@ def read(path: Path, names: Mapping[str, ExportNames]) -> Weights:
     if found.kind == "embedding":
         from finetune.export.embedding import read as read_word
 
-        word, network = read_word(found.path), next(name for name in names if name != "denoiser")
-        return Weights("embedding", {f"{network}.{word.token}": word.rows})
+        word = read_word(found.path)
+        networks = {called.words: network for network, called in names.items() if network != "denoiser"}
+        only = next(iter(networks.values()))
+        return Weights(
+            "embedding", {f"{networks.get(key, only)}.{word.token}": rows for key, rows in word.parts.items()}
+        )
     if found.kind == "hypernetwork":
         from finetune.export.kinds.hypernetwork import read_weights
 

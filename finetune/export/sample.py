@@ -26,12 +26,13 @@ def sample(
     sampler: SamplerConfig | None = None,
     count: int = 1,
     resolution: int | None = None,
+    prompt_chunks: int | None = None,
 ) -> list[Image.Image]:
     """Draw ``count`` pictures of each prompt, in that order.
 
     On a CPU they are, bit for bit, what ``StableDiffusionPipeline.from_pretrained(base)`` draws after
     ``load_lora_weights(adapter)`` with the same settings and ``finetune.randomness.generator(seed, "sample", i, j)``
-    for picture ``j`` of prompt ``i``.
+    for picture ``j`` of prompt ``i``; a prompt of several chunks, which diffusers would cut, as A1111 reads it.
 
     Args:
         adapter: a LoRA file, a model folder or a run's folder.
@@ -39,22 +40,27 @@ def sample(
         strength: how much the LoRA counts; 0 is the base, 1 what was trained.
         sampler: steps, guidance, scheduler.
         resolution: side in pixels; the model's own where it is not given.
+        prompt_chunks: as in a recipe's ``model``; what the file says where it is not given.
 
     Raises:
         UserError: there is no such adapter or base, diffusers cannot load the file, or a strength was asked of a
             whole model.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    family = adapted(adapter, base, strength, device)
+    family = adapted(adapter, base, strength, device, prompt_chunks)
     return draw(family, prompts, count, sampler or SamplerConfig(), seed, resolution=resolution)
 
 
 def adapted(
-    adapter: Path, base: str | None = None, strength: float = 1.0, device: torch.device | str = "cpu"
+    adapter: Path,
+    base: str | None = None,
+    strength: float = 1.0,
+    device: torch.device | str = "cpu",
+    prompt_chunks: int | None = None,
 ) -> ModelFamily:
     """The base with an exported file, or all that a run exported, loaded; arguments and errors as in ``sample``."""
     found = pieces(adapter)
-    family = load_base(found[0], base)
+    family = load_base(found[0], base, prompt_chunks)
     family.device = torch.device(device)
     pipeline = family.pipeline()
     for piece in found:

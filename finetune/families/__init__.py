@@ -1,10 +1,20 @@
-"""Published architectures, one file each, and the way from a recipe's ``model`` section to one of them."""
+"""Published architectures, one file each, and the way from a recipe's ``model`` section to one of them.
+
+A module of this package with a ``FAMILY`` is found by itself; one of another distribution by an entry point of the
+group ``finetune.families`` that names its class.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import pkgutil
 import re
+from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -12,14 +22,22 @@ from transformers.utils.logging import disable_progress_bar
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError, nearest
-from finetune.families.sd import SD
 from finetune.family import ModelFamily
 from finetune.objectives import refined
 
 EMBEDDED = "tinyworld"
-FAMILIES: dict[str, type[SD]] = {"sd": SD}
+GROUP = "finetune.families"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@functools.cache
+def families() -> Mapping[str, Any]:
+    """Every known family's class by its name, those of this package first."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    own = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    others = [point.load() for point in entry_points(group=GROUP)]
+    return {family.name: family for family in (*sorted(own, key=lambda family: family.name), *others)}
 
 
 def load_family(
@@ -37,11 +55,12 @@ def load_family(
     """
     folder = model_folder(config)
     disable_progress_bar()  # of transformers, one per file loaded: it would tear the run's own
-    kind = FAMILIES[config.family] if config.family else _detect(folder)
-    family = kind(folder, source=config.path)
+    kind = _named(config.family) if config.family else _detect(folder)
+    family: ModelFamily = kind(folder, source=config.path)
     family.objective = refined(family.process, objective or ObjectiveConfig())
     family.sampling = family.objective.sampling
     family.device = torch.device(device)
+    family.prompt_chunks = config.prompt_chunks
     return family
 
 
@@ -63,15 +82,21 @@ def model_folder(config: ModelConfig) -> Path:
     raise UserError(f"model.path: no folder {config.path!r}{_neighbour(folder)}")
 
 
-def _detect(folder: Path) -> type[SD]:
+def _named(name: str) -> Any:
+    if name not in families():
+        raise UserError(f"model.family: {name!r} is not known{nearest(name, families())}")
+    return families()[name]
+
+
+def _detect(folder: Path) -> Any:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"model.path: {folder} is no diffusers folder: it has no model_index.json")
     pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    for family in FAMILIES.values():
+    for family in families().values():
         if pipeline in family.pipelines:
             return family
-    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.pipelines))
+    known = ", ".join(sorted(name for family in families().values() for name in family.pipelines))
     raise UserError(f"{index}: no family knows {pipeline!r}; supported: {known}")
 
 

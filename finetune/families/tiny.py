@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -27,9 +30,7 @@ def write_tiny_sd(
     Returns:
         ``path``, ready for ``load_family(ModelConfig(path=str(path)))``.
     """
-    tokenizer = build()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn(seed):
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(WIDTH, WIDTH),
@@ -41,28 +42,64 @@ def write_tiny_sd(
             cross_attention_dim=WIDTH,
             use_linear_projection=linear_projection,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    scheduler = DDIMScheduler(
+        vae = autoencoder(4)
+        text_encoder = clip_text()
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=build(),
+        unet=unet.eval(),
+        scheduler=ddim(prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+    return path
+
+
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """Inside, torch's global generator begins at ``seed``; afterwards it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def autoencoder(channels: int) -> AutoencoderKL:
+    """Two pixels per latent cell."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+
+
+def clip_text(kind: Callable[[CLIPTextConfig], Any] = CLIPTextModel, **settings: Any) -> Any:
+    """A CLIP text encoder of two layers, ``WIDTH`` wide, for the embedded world's tokenizer."""
+    tokenizer = build()
+    config = CLIPTextConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": tokenizer.model_max_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **settings,
+        }
+    )
+    return kind(config).eval()
+
+
+def ddim(prediction: Prediction = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's table of noise."""
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -71,17 +108,6 @@ def write_tiny_sd(
         steps_offset=1,
         prediction_type=prediction,
     )
-    StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(path)
-    return path
 
 
 def write_tiny_clip(path: Path, base: Path, *, seed: int = 0) -> Path:

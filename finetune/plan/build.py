@@ -52,8 +52,8 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     """What ``recipe`` would do on ``processes`` processes.
 
     Raises:
-        UserError: everything that is wrong with the pictures, or a model, resolution or layer pattern that does not
-            fit. Training would find the same.
+        UserError: everything that is wrong with the pictures, or doubtful of them with ``data.strict``, or a model,
+            resolution or layer pattern that does not fit. Training would find the same.
     """
     family = load_family(recipe.model, recipe.objective)
     check_resolution(recipe, family)
@@ -70,7 +70,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
     classes = foreseen(recipe, found)
     batches = Batches(recipe, family, found, classes, latents, prompts, Alone(world=processes))
+    sources.refuse_doubts(recipe.data, batches.doubts)
     class_images = tuple(_class_images(recipe, family, found))
+    longest = max(batches.final_captions, key=lambda text: family.prompt_length(text, batches.words))
     return Plan(
         summary=summary(recipe),
         model=recipe.model.path,
@@ -82,7 +84,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
-        memory=estimate(recipe, family, networks, sum(trainable.values()), processes),
+        memory=estimate(recipe, family, networks, sum(trainable.values()), processes, longest),
         output=_output(recipe),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
     )
@@ -91,6 +93,8 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
 def _untrained(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Concept], networks: dict[str, int]) -> Plan:
     """Of a recipe that looks at pictures and takes no steps."""
     require_space(family)
+    notes = tuple(note for concept in found for note in concept.notes)
+    sources.refuse_doubts(recipe.data, notes)
     return Plan(
         summary=summary(recipe),
         model=recipe.model.path,
@@ -104,7 +108,7 @@ def _untrained(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Conc
         caches=(),
         memory=adaptation(networks, family.text_encoders),
         output=_output(recipe),
-        notes=tuple(note for concept in found for note in concept.notes),
+        notes=notes,
     )
 
 
@@ -176,13 +180,13 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
     if cache.text and batches.prompts is not None:
         captions = batches.final_captions
         one = family.encode_prompt([""])  # on skeletons: shapes alone
-        size = sum(tensor.nbytes for tensor in vars(one).values() if tensor is not None)
+        size = sum(tensor.nbytes for tensor in one.tensors.values()) / one.tokens.shape[1]  # of a token
         yield Cache(
             kind="captions",
             folder=str(batches.prompts.store.folder),
             entries=len(captions),
             present=sum(batches.prompts.store.path(batches.prompts.key(text)).is_file() for text in captions),
-            bytes=len(captions) * size,
+            bytes=round(size * sum(family.prompt_length(text, batches.words) for text in captions)),
         )
 
 

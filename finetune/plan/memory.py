@@ -37,7 +37,12 @@ def adaptation(networks: Mapping[str, int], encoders: Sequence[str]) -> Memory:
 
 
 def estimate(
-    recipe: Recipe, family: ModelFamily, networks: Mapping[str, int], trainable: int, processes: int = 1
+    recipe: Recipe,
+    family: ModelFamily,
+    networks: Mapping[str, int],
+    trainable: int,
+    processes: int = 1,
+    longest: str = "",
 ) -> Memory:
     """Bytes that one process holds in the middle of a step, after what is encoded ahead has been freed.
 
@@ -46,6 +51,7 @@ def estimate(
         networks: name -> parameters of the base.
         trainable: parameters that train.
         processes: more than one keep a second copy of the gradients, to send.
+        longest: caption, which all are taken to be as long as.
     """
     train, adapter, cache, prior = recipe.train, recipe.adapter, recipe.data.cache, recipe.prior
     held = {"denoiser"}
@@ -56,7 +62,7 @@ def estimate(
     passes = 2 if pairwise or isinstance(prior, ModelPrior) else 1
     batch = train.batch_size * passes
     side = max(recipe.data.resolution, *recipe.data.more_resolutions, 0)
-    kept = activations(family, side, batch, train.gradient_checkpointing)
+    kept = activations(family, side, batch, train.gradient_checkpointing, longest)
     if train.mixed_precision != "no":
         kept //= 2
     whole = isinstance(adapter.weights if isinstance(adapter, PivotalConfig) else adapter, FullConfig)

@@ -53,13 +53,14 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def activations(family: ModelFamily, resolution: int, batch: int, checkpointing: bool) -> int:
+def activations(family: ModelFamily, resolution: int, batch: int, checkpointing: bool, caption: str = "") -> int:
     """Bytes that a forward pass in float32 keeps for the backward pass, counted on skeletons.
 
     Args:
         family: holds skeletons, with what will train attached.
         resolution: side of the pictures in pixels.
         batch: pictures in one forward pass.
+        caption: of each of them.
     """
     if checkpointing and hasattr(family, "enable_gradient_checkpointing"):
         family.enable_gradient_checkpointing()
@@ -82,7 +83,7 @@ def activations(family: ModelFamily, resolution: int, batch: int, checkpointing:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         noisy = torch.empty(batch, vae.config.latent_channels, side, side)
-        prompt = family.encode_prompt([""] * batch)
+        prompt = family.encode_prompt([caption] * batch)
         family.predict(noisy, torch.zeros(batch), prompt, torch.zeros(batch, 6))
     for module, training in modes.items():
         module.training = training

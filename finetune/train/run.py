@@ -27,6 +27,7 @@ _FREE = (
     "train.device",
     "train.threads",
     "data.cache.*",
+    "data.strict",
     "prior.batch_size",
     "checkpoint.*",
     "samples.*",

@@ -45,6 +45,7 @@ class Fake:
     source = "fake"
     latent_scale = 2
     pixel_multiple = 4
+    prompt_chunks = 1
     text_encoders = ("text_encoder",)
 
     def __init__(self, weights: str = "a", words: int = 12) -> None:

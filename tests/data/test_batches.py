@@ -63,6 +63,33 @@ def test_masks_follow_their_pictures_and_leave_class_images_whole(
     }
 
 
+def test_some_draws_leave_the_mask_out_each_by_itself(
+    make_recipe: Make, folder: Folder, fake: Any, tmp_path: Path
+) -> None:
+    photos, masks = folder(2), tmp_path / "masks"
+    masks.mkdir()
+    for index in range(2):
+        mask = Image.new("L", (24, 24), 0)
+        mask.paste(255, (0, 0, 24, 12))
+        mask.save(masks / f"{index}.png")
+
+    def whole(probability: float, **train: Any) -> dict[int, bool]:
+        data = {"unmasked_weight": 0.25, "unmasked_probability": probability}
+        recipe = make_recipe(photos, concept={"masks": str(masks)}, data=data, train=train)
+        found = {}
+        for batch in itertools.islice(prepare(recipe, fake()), 200 // (train or {"batch_size": 1})["batch_size"]):
+            assert batch.mask is not None
+            for row, draw in enumerate(batch.draws):
+                shares = batch.mask[row, 0, :4].mean(), batch.mask[row, 0, 4:].mean()
+                assert shares in ((1.0, 1.0), (1.0, 0.25))
+                found[draw] = shares == (1.0, 1.0)
+        return found
+
+    some = whole(0.3, batch_size=1)
+    assert 40 <= sum(some.values()) <= 80 and whole(0.3, batch_size=4) == some
+    assert not any(whole(0.0, batch_size=4).values())
+
+
 def test_mirroring_mirrors_half_of_the_draws(make_recipe: Make, tmp_path: Path, fake: Any) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

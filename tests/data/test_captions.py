@@ -129,3 +129,33 @@ def test_csv_is_read_where_there_is_no_jsonl(folder: Callable[..., Path]) -> Non
     found = concept_of(path)
     assert found.pictures[0].captions == ("from jsonl",)
     assert "1 entry ignored: metadata.csv" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("join", ("zib star on grass",)),
+        ("choose", ("zib star", "on grass")),
+        ("first", ("zib star",)),
+    ],
+)
+def test_lines_of_a_text_file(lines: str, expected: tuple[str, ...], folder: Callable[..., Path]) -> None:
+    path = folder(1)
+    (path / "0.txt").write_bytes(b"\xef\xbb\xbf\r\n  zib   star\r\n\r\non grass \n")
+    assert concept_of(path, caption_lines=lines).pictures[0].captions == expected
+    (path / "0.txt").write_text("\n\n")
+    assert concept_of(path, caption_lines=lines, prompt="p").pictures[0].captions == ("p",)
+
+
+def test_captions_that_fall_back_to_the_prompt_are_counted(folder: Callable[..., Path]) -> None:
+    path = folder(3)
+    assert not concept_of(path, prompt="p").notes
+    (path / "1.txt").unlink()
+    (note,) = concept_of(path, prompt="p").notes
+    assert note.endswith("1 picture has no caption of its own and takes the prompt: 1.png")
+    for number in (0, 2):
+        (path / f"{number}.txt").unlink()
+    assert not concept_of(path, prompt="p").notes  # the prompt is for all of them
+    assert not concept_of(path, prompt="p", captions="prompt").notes
+    (note,) = concept_of(path, prompt="p", captions="sidecar").notes
+    assert note.endswith("3 pictures have no caption of their own and take the prompt: 0.png, 1.png, 2.png")

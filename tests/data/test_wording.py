@@ -297,3 +297,94 @@ def test_settings_that_cannot_be_meant(words: dict[str, Any], said: str, make_re
     assert found[0].startswith(said)
     sound = make_recipe(photos, data={"wording": VARIED})
     assert not [one for one in contradictions(sound) if one.path[:2] == ("data", "wording")]
+
+
+# ---- how tags are left out ---------------------------------------------------------------------------------------
+
+
+def test_full_tag_dropout_leaves_out_all_flexible_tags_or_none() -> None:
+    count, rate = 3000, 0.25
+    found = Counter(draws("fixed, a, b", count, tag_dropout=rate, tag_dropout_mode="full", keep_tokens=1))
+    assert set(found) == {"fixed", "fixed, a, b"}
+    assert abs(found["fixed"] - rate * count) < 3 * math.sqrt(count * rate * (1 - rate))
+
+
+def test_weighted_tag_dropout_rises_along_the_caption_whatever_the_order() -> None:
+    """OneTrainer's: tag i of n with i / n of the rate, so that the first always stays."""
+    count, rate = 3000, 0.8
+    for shuffle in (False, True):
+        keys: dict[str, Any] = {"tag_dropout": rate, "tag_dropout_mode": "weighted", "shuffle": shuffle}
+        found = [set(text.split(", ")) for text in draws("fixed, a, b, c, d", count, keep_tokens=1, **keys)]
+        for place, tag in enumerate("abcd"):
+            share = rate * place / 4
+            gone = sum(tag not in tags for tags in found)
+            assert abs(gone - share * count) <= 3.5 * math.sqrt(count * share * (1 - share))
+
+
+@pytest.mark.parametrize("mode", ["random", "full", "weighted"])
+def test_listed_tags_stay_or_are_the_only_ones_to_go(mode: str) -> None:
+    text = "first, Zib star, red eyes, blue eyes, [x] y, girl"
+    keys: dict[str, Any] = {"tag_dropout": 1.0, "tag_dropout_mode": mode, "keep_tokens": 1}
+    kept = draws(text, 300, tag_dropout_except=["zib *", "[x] ?"], **keys)
+    assert all({"first", "Zib star", "[x] y"} <= set(one.split(", ")) for one in kept)
+    assert min(map(len, kept)) == len("first, Zib star, [x] y")
+    gone = draws(text, 300, tag_dropout_only=["* EYES"], **keys)
+    assert all({"first", "Zib star", "[x] y", "girl"} <= set(one.split(", ")) for one in gone)
+    assert min(map(len, gone)) == len("first, Zib star, [x] y, girl")
+
+
+def test_a_listed_tag_that_is_nowhere_is_noted(make_recipe: Make, folder: Folder, fake: Any) -> None:
+    photos = folder(2)
+    (photos / "0.txt").write_text("zib, red eyes")
+    words = {"tag_dropout": 0.5, "keep_tokens": 1, "tag_dropout_except": ["zib", "* eyes", "hat"]}
+    (note,) = prepare(make_recipe(photos, data={"wording": words}), fake()).notes
+    assert note == "tag_dropout: no tag of a caption is 'zib' or 'hat'"  # the fixed tag is none that could go
+    words["wildcards"] = True
+    assert not prepare(make_recipe(photos, data={"wording": words}), fake()).notes
+
+
+def test_random_tag_dropout_draws_as_it_always_did() -> None:
+    """The lists and modes move no draw of a recipe that does not name them."""
+    keys: dict[str, Any] = {"shuffle": True, "keep_tokens": 1, "tag_dropout": 0.4}
+    assert draws(TAGS, 4, **keys) == draws(TAGS, 4, tag_dropout_mode="random", tag_dropout_except=["none"], **keys)
+
+
+# ---- epochs without captions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["none", "pairwise", "mixed"])
+def test_every_nth_epoch_has_no_captions_but_class_images_keep_theirs(
+    layout: str, make_recipe: Make, folder: Folder, fake: Any
+) -> None:
+    images = {"kind": "images", "count": 4, "sampler": {"steps": 1}, "layout": layout}
+    prior = images if layout != "none" else {"kind": "none"}
+    train = {"steps": 18, "batch_size": 2}
+    family = fake()
+    recipe = make_recipe(folder(3), data={"caption_dropout_every_n_epochs": 3}, prior=prior, train=train)
+    batches = prepare(recipe, family)
+    per_epoch = 6 if layout == "mixed" else 3  # draws
+    seen = 0
+    for batch in itertools.islice(batches, 18):
+        assert batch.prompt is not None
+        for number, text, of_class in zip(batch.draws, batch.captions, batch.prior.tolist(), strict=True):
+            empty = (number // per_epoch) % 3 == 2 and not of_class
+            assert (text == "") == empty
+            seen += empty
+    assert seen == {"none": 12, "pairwise": 12, "mixed": 6}[layout]
+    assert "" in batches.final_captions and len(family.captions) == len(batches.final_captions)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"tag_dropout_mode": "full"}, "tag_dropout_mode is set, but tag_dropout is 0"),
+        ({"tag_dropout_only": ["a"]}, "tag_dropout_only is set, but tag_dropout is 0"),
+        (
+            {"tag_dropout": 0.5, "tag_dropout_only": ["a"], "tag_dropout_except": ["b"]},
+            "tag_dropout_except is set with tag_dropout_only",
+        ),
+    ],
+)
+def test_lists_that_contradict(words: dict[str, Any], said: str, make_recipe: Make, folder: Folder) -> None:
+    found = contradictions(make_recipe(folder(1), data={"wording": words}))
+    assert [f"{one.path[-1]} {one.text}"[: len(said)] for one in found if one.path[:2] == ("data", "wording")] == [said]

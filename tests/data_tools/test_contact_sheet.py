@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from data_tools import sheet
+from data_tools import sheet, tiles
 from finetune.config import Recipe, read_recipe
 from finetune.data import Batches, scan
 from finetune.data.encode import Latents
@@ -82,6 +82,6 @@ def test_as_a_page_and_as_a_picture(recipe: Recipe, tmp_path: Path) -> None:
     text = sheet.write(tmp_path / "sheet.html", shown, "my recipe").read_text(encoding="utf-8")
     assert text.count("<figure>") == 7 and "my recipe" in text and all(one.caption in text for one in shown)
     drawn = Image.open(sheet.write(tmp_path / "sheet.png", shown, "my recipe"))
-    assert drawn.width > 6 * sheet.TILE and drawn.height > 2 * sheet.TILE
+    assert drawn.width > 6 * tiles.TILE and drawn.height > 2 * tiles.TILE
     with pytest.raises(UserError, match=r"must end with .html or .png"):
         sheet.write(tmp_path / "sheet.gif", shown, "my recipe")

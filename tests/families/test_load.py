@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from finetune.config.objective import MinSnrWeighting, ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
-from finetune.families import FAMILIES, load_family, model_folder
+from finetune.families import families, load_family, model_folder
 from finetune.families.tiny import write_tiny_sd
 from finetune.objectives import DDPM, Denoising
 
@@ -113,7 +113,7 @@ def test_a_hub_model_is_the_folder_it_is_fetched_to(
 
 
 def test_every_family_is_registered_under_its_name() -> None:
-    assert all(name == family.name for name, family in FAMILIES.items())
+    assert all(name == family.name for name, family in families().items())
 
 
 def test_the_twin_is_small_quick_and_reproducible(tmp_path: Path) -> None:

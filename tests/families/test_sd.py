@@ -17,7 +17,8 @@ from finetune.batch import Conditioning
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import load_family
-from finetune.families.sd import LINEARS, SD
+from finetune.families.sd import SD
+from finetune.families.unet import linears
 from finetune.randomness import generator
 
 CAPTIONS = ["a large striped red star on grass", "", "a photo of a sksq star", "red " * 60]
@@ -263,7 +264,7 @@ def test_presets_reach_the_published_numbers_of_layers(architecture: dict, prese
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, **architecture)
     names = [name for name, part in unet.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    match = "adapter.targets", preset, LINEARS, "denoiser", names
+    match = "adapter.targets", preset, linears(["text_encoder"]), "denoiser", names
     assert len(select(*match, re.Pattern.fullmatch)) == count
 
 

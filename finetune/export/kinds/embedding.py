@@ -1,4 +1,7 @@
-"""New words: ``learned_embeds.safetensors`` for diffusers, ``<word>.safetensors`` and ``<word>.pt`` for web UIs."""
+"""New words: ``learned_embeds.safetensors`` for diffusers, ``<word>.safetensors`` and ``<word>.pt`` for web UIs.
+
+There is no ``.pt`` of a word that several text encoders read.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from finetune.config.schema import Recipe
 from finetune.errors import GuardError, UserError
 from finetune.export import check_embedding
 from finetune.export.checks import Report
-from finetune.export.embedding import CONVENTIONAL, Stored, file_stem, read
+from finetune.export.embedding import CONVENTIONAL, Stored, by_word, file_stem, is_several, read
 from finetune.export.embedding import write as write_file
 from finetune.export.kinds import Contents, wanted
 from finetune.export.layers import check as check_tensors
 from finetune.export.metadata import OWN, describe
 from finetune.export.read import Identity
+from finetune.export.words import load_word
 from finetune.family import ModelFamily
 
 LAYOUTS = ("diffusers", "a1111")
@@ -33,19 +37,18 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     """
     check_tensors(weights.tensors)
     dtype = getattr(torch, recipe.export.dtype)
-    tokens = [key.partition(".")[2] for key in weights.tensors]
-    if len(set(tokens)) < len(tokens):
-        raise GuardError("words of several text encoders have no layout yet")
+    found = by_word(weights.tensors, family.export_names)
     written = []
-    for token, rows in zip(tokens, weights.tensors.values(), strict=True):
-        for layout, names in _file_names(token, tokens, recipe).items():
-            header = _header(layout, token, len(rows), weights, family, recipe)
-            one = Stored(token, rows.to(dtype), header, recipe.train.total_steps, recipe.model.path)
+    for token, parts in found.items():
+        rows = {encoder: one.to(dtype) for encoder, one in parts.items()}
+        for layout, names in _file_names(token, list(found), recipe).items():
+            header = _header(layout, token, len(next(iter(rows.values()))), weights, family, recipe)
+            one = Stored(token, rows, header, recipe.train.total_steps, recipe.model.path)
             if one.moved == 0.0:
                 raise GuardError(f"nothing was learned: {token!r} is where it began")
-            for path in (folder / name for name in names):
+            for path in (folder / name for name in names if len(rows) == 1 or not name.endswith(".pt")):
                 write_file(path, one)
-                check_embedding.require_same(path, one.token, one.rows)
+                check_embedding.require_same(path, one)
                 written.append(path)
     return written
 
@@ -63,6 +66,8 @@ def recognise(contents: Contents) -> str | None:
         return "a1111" if "string_to_param" in contents.keys else None
     if contents.metadata.get(f"{OWN}kind") == "embedding":
         return contents.metadata.get(f"{OWN}layout")
+    if is_several(contents.keys):
+        return "a1111"
     return "diffusers" if len(contents.keys) == 1 and "." not in contents.keys[0] else None
 
 
@@ -73,12 +78,11 @@ def readers(layout: str) -> tuple[str, ...]:
 
 def check(report: Report, found: Identity, base: str | None, against: Sequence[str], weights: Weights | None) -> None:
     """See ``finetune.export.check_embedding``."""
-    expected = None if weights is None else {key.partition(".")[2]: rows for key, rows in weights.tensors.items()}
-    check_embedding.check_file(report, found, base, against, expected)
+    check_embedding.check_file(report, found, base, against, None if weights is None else weights.tensors)
 
 
 def apply(pipeline: Any, found: Identity, strength: float) -> None:
-    """Through ``load_textual_inversion``.
+    """Through ``load_textual_inversion``, for each text encoder.
 
     Raises:
         UserError: another strength than 1 is asked for, the word is known already, or the width is another.
@@ -86,8 +90,7 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
     if strength != 1.0:
         raise UserError(f"{found.path} holds a word, which is used or not; strength {strength:g} is for other adapters")
     try:
-        with torch.random.fork_rng(devices=[]):  # transformers draws rows that are then replaced
-            pipeline.load_textual_inversion(str(found.path), token=read(found.path).token)
+        load_word(pipeline, read(found.path))
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{found.path} does not fit the base: {str(error).splitlines()[0]}") from error
 

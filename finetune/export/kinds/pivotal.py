@@ -30,7 +30,7 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     """``<run>-bundle.safetensors`` with its card, where the recipe has a LoRA that can be bundled."""
     if not (names := file_names(recipe)):
         return []
-    found, words = parts_of(weights)
+    found, words = parts_of(weights, family.export_names)
     path = folder / names["bundle"]
     tensors = pack(found, words, family.export_names, getattr(torch, recipe.export.dtype))
     header = describe("kohya", found, json.loads(weights.settings["layers"]), family, recipe)

@@ -1,0 +1,253 @@
+"""What families have in common: a folder in diffusers' layout, whose networks are loaded and freed one by one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune.batch import Conditioning, Posterior
+from finetune.errors import UserError
+from finetune.families.schedulers import with_settings
+from finetune.family import ExportNames, Sites, Unsupported, Vocabulary
+from finetune.objective import Objective
+from finetune.objectives import Denoising, process_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of a model.
+
+    Attributes:
+        subfolder: where it lies; also its name in diffusers' pipelines.
+        kind: library and class: "diffusers.UNet2DConditionModel".
+        tokenizer: the subfolder of a text encoder's tokenizer.
+    """
+
+    subfolder: str
+    kind: str
+    tokenizer: str | None = None
+
+    @property
+    def type(self) -> Any:
+        """The class itself, imported when it is asked for."""
+        library, name = self.kind.split(".")
+        return getattr(importlib.import_module(library), name)
+
+
+class DiffusersFolder(ABC):
+    """A folder that ``diffusers`` pipelines load from, as ``finetune.family.ModelFamily`` asks for it.
+
+    A family says what its ``parts`` are and how they are fed; where they come from, and when, is the same for all.
+
+    Args:
+        folder: holds ``model_index.json`` and a folder for every part.
+        source: what a recipe's ``model.path`` calls the model.
+
+    Raises:
+        UserError: a part is missing, or the scheduler says of no process that is known.
+    """
+
+    name: ClassVar[str]
+    pipelines: ClassVar[Sequence[str]]
+    """Names in ``model_index.json`` that the family is known by; the first is the pipeline that it samples with."""
+    parts: ClassVar[Mapping[str, Part]]
+    """By their names in ``networks``: "denoiser", "vae", and the text encoders in the pipeline's order."""
+    models: ClassVar[str]
+    """What people call the models of the family."""
+    readers: ClassVar[tuple[str, str] | Unsupported]
+    """As in ``finetune.family.Sites``."""
+    space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
+    """Why there is no ``shared_space``; None where there is one."""
+    flow_unit: ClassVar[float] = 1000.0
+    flow_patch: ClassVar[int] = 2
+    """``unit`` and ``patch`` of ``finetune.objectives.flow.Flow``, where the model is one of flow matching."""
+
+    sites: Sites
+    export_names: Mapping[str, ExportNames]
+    pixel_multiple: int
+
+    def __init__(self, folder: Path, source: str | None = None) -> None:
+        self.folder = folder
+        self.source = source or str(folder)
+        self.networks = nn.ModuleDict()
+        self.device = torch.device("cpu")
+        self.prompt_chunks = 1
+        self.text_encoders: Sequence[str] = tuple(name for name, part in self.parts.items() if part.tokenizer)
+        for network, part in self.parts.items():
+            if not (folder / part.subfolder / "config.json").is_file():
+                raise UserError(f"{folder}: the {network} is missing: no {part.subfolder}/config.json")
+        self.settings = {name: read_json(folder / part.subfolder / "config.json") for name, part in self.parts.items()}
+        self.latent_channels: int = self.settings["vae"].get("latent_channels", 4)
+        self.latent_scale: int = 2 ** (len(self.settings["vae"]["block_out_channels"]) - 1)
+        self.tokenizers = {
+            name: load_tokenizer(folder, self.parts[name].tokenizer or "") for name in self.text_encoders
+        }
+        self.vocabularies = {name: Vocabulary(one, name) for name, one in self.tokenizers.items()}
+        self.sampling: Mapping[str, Any] = {}
+        where = folder / "scheduler"
+        self.process = process_of(self.scheduler(), where, unit=self.flow_unit, patch=self.flow_patch)
+        self.objective: Objective = Denoising(self.process)
+
+    def scheduler(self) -> Any:
+        """A fresh copy of the folder's scheduler, with the settings of ``sampling``."""
+        kind = read_json(self.folder / "scheduler" / "scheduler_config.json")["_class_name"]
+        found = getattr(importlib.import_module("diffusers"), kind)
+        own = found.from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+        return with_settings(own, self.sampling)
+
+    def require(self, *networks: str) -> None:
+        """Load the named networks in float32 onto ``device`` where they are not in memory, frozen, in ``eval()``."""
+        for network in networks:
+            if network not in self.networks:
+                self.networks[network] = self.fresh(network).to(self.device)
+
+    def fresh(self, network: str) -> nn.Module:
+        """Another copy of a network as it is on disk: float32, on the CPU, frozen, in ``eval()``.
+
+        Raises:
+            UserError: the files hold no safetensors (a pickle is never opened) or do not fit the settings.
+        """
+        part = self.parts[network]
+        try:
+            loaded = part.type.from_pretrained(
+                self.folder,
+                subfolder=part.subfolder,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / part.subfolder}: cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
+        bare: nn.Module = loaded.eval().requires_grad_(False)
+        return bare
+
+    def release(self, *networks: str) -> None:
+        """Free the named networks."""
+        for network in networks:
+            if network in self.networks:
+                del self.networks[network]
+
+    def fingerprint(self, *networks: str) -> str:
+        """SHA-256 over the files of the named networks, hex; a text encoder's includes its tokenizer's."""
+        digest = hashlib.sha256()
+        for network in sorted(networks):
+            digest.update(f"{network}\n".encode())
+            part = self.parts[network]
+            folders = [part.subfolder, *([part.tokenizer] if part.tokenizer else [])]
+            for file in sorted(file for name in folders for file in (self.folder / name).iterdir()):
+                if file.suffix in {".json", ".txt", ".safetensors", ".model"}:
+                    status = file.stat()
+                    content = _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
+                    digest.update(f"{file.name} {content}\n".encode())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Posterior:
+        """Map [B, 3, H, W] in [-1, 1] to a posterior over unscaled latents [B, C, H / scale, W / scale], float32."""
+        vae: Any = self.networks["vae"]
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return Posterior(mean=posterior.mean.float(), logvar=posterior.logvar.float())
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """``(latents - shift) * scaling_factor``, or the per-channel form where the autoencoder's settings have one."""
+        settings = self.settings["vae"]
+        factor = settings.get("scaling_factor", 0.18215)
+        mean, std = settings.get("latents_mean"), settings.get("latents_std")
+        if mean is not None and std is not None:
+            mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+            return (latents - mean) * factor / std
+        return (latents - (settings.get("shift_factor") or 0.0)) * factor
+
+    @abstractmethod
+    def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
+        """What the pipeline's own ``encode_prompt`` gives."""
+
+    @abstractmethod
+    def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
+
+    @abstractmethod
+    def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
+        """How many tokens ``encode_prompt`` makes of ``caption``."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
+        """What the pipeline asks its denoiser."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory in the networks that train and are in memory. It acts in ``train()`` mode only."""
+        if "denoiser" in self.networks:
+            self.networks["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
+        for network in self.text_encoders:
+            if network in self.networks:
+                # non-reentrant: gradients then reach the weights although no input asks for one
+                self.networks[network].gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def pipeline(self) -> Any:
+        """An ordinary pipeline around the networks in memory, with a fresh scheduler from the folder."""
+        self.require(*self.parts)
+        kind = getattr(importlib.import_module("diffusers"), self.pipelines[0])
+        parts = {part.subfolder: self.networks[network] for network, part in self.parts.items()}
+        tokenizers = {self.parts[name].tokenizer or "": one for name, one in self.tokenizers.items()}
+        pipeline = kind(**parts, **tokenizers, scheduler=self.scheduler(), **self.pipeline_settings())
+        if any(vocabulary.words for vocabulary in self.vocabularies.values()):
+            # diffusers' own inserts all tokens of a word, also those of a growing word that are still to come
+            pipeline.maybe_convert_prompt = self._expand
+        return pipeline.to(next(self.networks["denoiser"].parameters()).device)
+
+    def pipeline_settings(self) -> dict[str, Any]:
+        """What else the pipeline's class wants to be told."""
+        return {}
+
+    def _expand(self, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+        vocabulary = next(one for one in self.vocabularies.values() if one.tokenizer is tokenizer)
+        return list(map(vocabulary.expand, prompt)) if isinstance(prompt, list) else vocabulary.expand(prompt)
+
+
+def load_tokenizer(folder: Path, subfolder: str) -> Any:
+    """A tokenizer of transformers; no code of the folder's own is run.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    # transformers makes an empty tokenizer of a folder that holds none, without a word
+    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+    if not any((folder / subfolder / name).is_file() for name in names):
+        raise UserError(f"{folder}: the tokenizer is missing: no {subfolder}/tokenizer.json or {subfolder}/vocab.json")
+    settings = folder / subfolder / "tokenizer_config.json"
+    named = read_json(settings).get("tokenizer_class", "") if settings.is_file() else "CLIPTokenizer"
+    kind: Any = CLIPTokenizer if named.startswith("CLIP") else AutoTokenizer
+    return kind.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A mapping in a file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: missing")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(file: Path, size: int, modified: int) -> str:
+    """``size`` and ``modified`` (ns) stand for the content, so that a changed file is read again."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,115 @@
+"""What holds for every family: it asks its denoiser exactly what the published pipeline asks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.config.schema import ModelConfig
+from finetune.families import families, load_family
+from finetune.family import ModelFamily
+from finetune.randomness import generator
+
+CAPTIONS = ["a large striped red star on grass", "a photo of a sksq star"]
+SIDE = 16  # pixels of a twin's pictures
+
+
+@pytest.fixture(scope="module", params=sorted(families()))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight twin of the family."""
+    tiny: Callable[[Path], Path] = sys.modules[families()[request.param].__module__].tiny  # type: ignore[attr-defined]
+    return tiny(tmp_path_factory.mktemp(request.param) / "model")
+
+
+@pytest.fixture
+def family(folder: Path) -> ModelFamily:
+    return load_family(ModelConfig(path=str(folder)))
+
+
+def flat(value: Any) -> list[Tensor]:
+    """The tensors in nested arguments, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in flat(part)]
+
+
+class Watched:
+    """What a denoiser was asked first and what it answered."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.calls: list[tuple[dict[str, Any], Tensor]] = []
+        network.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, network: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        names = list(network.forward.__code__.co_varnames[1:])
+        asked = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.calls.append((asked, flat(output)[0]))
+
+
+def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily) -> None:
+    family.require(*family.text_encoders, "denoiser", "vae")
+    pipeline: Any = family.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    channels = family.networks["vae"].config.latent_channels  # type: ignore[union-attr]
+    cells = SIDE // family.latent_scale
+    noise = torch.randn(1, channels, cells, cells, generator=generator(0, "noise"))
+    watched = Watched(family.networks["denoiser"])
+    with torch.no_grad():
+        pipeline(
+            CAPTIONS[0],
+            height=SIDE,
+            width=SIDE,
+            latents=PACKED.get(family.name, lambda _, latents: latents)(pipeline, noise),
+            guidance_scale=1.0,
+            num_inference_steps=1,
+            output_type="latent",
+        )
+        geometry = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]])
+        time = pipeline.scheduler.timesteps[:1]
+        answer = family.predict(noise, time, family.encode_prompt(CAPTIONS[:1]), geometry)
+    (theirs, told), (ours, said) = watched.calls
+    for name in sorted(theirs.keys() | ours.keys()):
+        expected, found = flat(theirs.get(name)), flat(ours.get(name))
+        assert len(expected) == len(found), name
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.expand_as(other), other), name
+    assert torch.equal(told, said)
+    assert answer.shape == noise.shape
+
+
+PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {}  # families whose pipelines want latents in another shape
+
+
+def test_a_prompt_does_not_depend_on_its_neighbours(family: ModelFamily) -> None:
+    family.require(*family.text_encoders)
+    with torch.no_grad():
+        both = family.encode_prompt(CAPTIONS)
+        alone = [family.encode_prompt([caption]) for caption in CAPTIONS]
+    for index, one in enumerate(alone):
+        torch.testing.assert_close(both.rows(torch.tensor([index])).tokens, one.tokens)
+
+
+def test_every_preset_finds_layers(family: ModelFamily) -> None:
+    import re
+
+    family.require("denoiser", *family.text_encoders)
+    for table in (family.sites.linears, family.sites.selections):
+        for preset, networks in table.items():
+            for network, patterns in networks.items():
+                module = family.networks[network]
+                names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
+                for pattern in patterns:
+                    assert any(re.search(pattern, name) for name in names), (preset, network, pattern)
+
+
+def test_networks_are_frozen_and_quiet(family: ModelFamily) -> None:
+    family.require("denoiser", "vae", *family.text_encoders)
+    assert not any(parameter.requires_grad for parameter in family.networks.parameters())
+    assert not any(module.training for network in family.networks.values() for module in network.modules())

@@ -1,0 +1,124 @@
+"""Every method on every family: trained, interrupted, continued to the same bytes, exported and verified."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import read_recipe
+from finetune.families import families
+from finetune.families.support import support, table
+from recipes import dreambooth
+
+WriteRecipe = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+WORDS = {"kind": "embedding", "tokens": [{"token": "<zib>", "initializer": "star", "vectors": 2}]}
+LORA = {"kind": "lora", "rank": 2}
+METHODS: Mapping[str, dict[str, Any]] = {
+    "lora": {**LORA, "targets": "wide", "text_encoder": True},
+    "lokr": {"kind": "lokr", "rank": 2},
+    "loha": {"kind": "loha", "rank": 2},
+    "oft": {"kind": "oft", "block_size": 4},
+    "full": {"kind": "full", "text_encoder": True},
+    "embedding": WORDS,
+    "pivotal": {"kind": "pivotal", "embedding": WORDS, "weights": LORA},
+    "custom diffusion": {
+        "kind": "pivotal",
+        "embedding": WORDS,
+        "weights": {"kind": "full", "select": "cross-kv", "detach_start": True},
+    },
+    "hypernetwork": {"kind": "hypernetwork"},
+}
+CELLS = [
+    (name, method)
+    for name, family in families().items()
+    for method, why in support(family).items()
+    if why is None and method in METHODS  # aesthetic embeddings take no steps: tests/recipes/test_aesthetic_page.py
+]
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Random-weight twins of families, each written once."""
+    written: dict[str, Path] = {}
+
+    def twin(name: str) -> Path:
+        if name not in written:
+            module: Any = sys.modules[families()[name].__module__]
+            written[name] = module.tiny(tmp_path_factory.mktemp(name) / "model")
+        return written[name]
+
+    return twin
+
+
+def exported(run: Path) -> dict[str, bytes]:
+    """All tensor files below ``adapters``, without their headers, which name the run."""
+    from finetune.export.read import read_tensors
+
+    return {
+        f"{file.relative_to(run / 'adapters')} {key}": tensor.numpy().tobytes()
+        for file in sorted((run / "adapters").rglob("*.safetensors"))
+        for key, tensor in read_tensors(file).items()
+    }
+
+
+@pytest.mark.parametrize(("name", "method"), CELLS)
+def test_a_method_works_in_a_family(
+    name: str, method: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    captions = {"prompt": "a photo of <zib> star", "captions": "prompt", "trigger": "<zib>"}
+    data = {
+        "resolution": 16,
+        "concepts": [{"folder": str(tmp_path / "subject"), "class_prompt": "a photo of a star", **captions}],
+        "cache": {"folder": str(tmp_path / "cache")},
+    }
+    path = write_recipe(
+        model={"path": str(twins(name))},
+        adapter=METHODS[method],
+        data=data,
+        prior={"kind": "none"},
+        train={"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "threads": 1},
+        checkpoint={"every": 2, "keep": 3},
+    )
+    dreambooth.main(read_recipe(path))  # ends with verification: every file loaded by its reader, with the same answer
+    run = tmp_path / "run"
+    whole = exported(run)
+    assert whole
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    shutil.rmtree(run / "adapters")
+    dreambooth.main(read_recipe(path))
+    assert exported(run) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "why"),
+    [(name, method, why) for name, family in families().items() for method, why in support(family).items() if why],
+)
+def test_what_has_no_place_is_refused_with_the_reason(
+    name: str, method: str, why: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    from finetune.config.schema import ModelConfig
+    from finetune.errors import UserError
+    from finetune.families import load_family
+
+    family = load_family(ModelConfig(path=str(twins(name))))
+    if method == "aesthetic":
+        from finetune.aesthetic import require_space
+
+        with pytest.raises(UserError) as caught:
+            require_space(family)
+    else:
+        adapter = {"adapter": METHODS[method], "prior": {"kind": "none"}, "model": {"path": str(twins(name))}}
+        with pytest.raises(UserError) as caught:
+            dreambooth.main(read_recipe(write_recipe(**adapter)))
+    assert why in str(caught.value)
+
+
+def test_the_page_of_models_says_what_the_code_says() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert table() in page, "stale: put what `finetune models` prints between the marks of docs/models.md"
