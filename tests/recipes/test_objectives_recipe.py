@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from finetune.config import read_recipe
 from finetune.config.schema import ModelConfig
 from finetune.data import prepare
 from finetune.denoise import preservation_error, spoil
+from finetune.errors import UserError
 from finetune.export import identify
 from finetune.export.base import load_base
 from finetune.families import load_family
+from finetune.objectives import EDM
 from finetune.plan import plan
 from recipes import dreambooth
 
@@ -91,17 +94,35 @@ def test_a_run_without_a_section_says_nothing_of_it(write_recipe: WriteRecipe, t
     assert header["modelspec.prediction_type"] == "epsilon"
 
 
+def with_scheduler(base: Path, kind: str) -> None:
+    """Have a folder name another class of scheduler."""
+    changes = {
+        "scheduler/scheduler_config.json": {"_class_name": kind},
+        "model_index.json": {"scheduler": ["diffusers", kind]},
+    }
+    for name, change in changes.items():
+        file = base / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def test_a_base_of_edm_trains_and_draws(write_recipe: WriteRecipe, tmp_path: Path, tiny_sd: Path) -> None:
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    with_scheduler(base, "EDMEulerScheduler")
+    prior = {"kind": "images", "count": 2, "sampler": {"steps": 2}}
+    recipe = read_recipe(write_recipe(model={"path": str(base)}, prior=prior))
+    assert isinstance(load_family(recipe.model).process, EDM)
+    dreambooth.main(recipe)
+    assert all(0 < loss < 10 for loss in losses(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"objective\.weighting\.kind: min_snr .*EDM"):
+        plan(read_recipe(write_recipe(model={"path": str(base)}, objective={"weighting": {"kind": "min_snr"}})))
+
+
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "PNDMScheduler"])
 def test_a_model_folder_carries_the_scheduler(
     kind: str, write_recipe: WriteRecipe, tmp_path: Path, tiny_sd: Path
 ) -> None:
-    import shutil
-
     base = shutil.copytree(tiny_sd, tmp_path / "base")
-    settings = base / "scheduler" / "scheduler_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"_class_name": kind}))
-    index = base / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", kind]}))
+    with_scheduler(base, kind)
     objective = {"prediction": "v_prediction", "zero_terminal_snr": True}
     sections = {"adapter": {"kind": "full", "select": "all"}, "model": {"path": str(base)}, "objective": objective}
     dreambooth.main(read_recipe(write_recipe(prior={"kind": "none"}, **sections)))
