@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli_masks import masks
+from finetune import cli_caption, cli_masks
 
 app = typer.Typer(no_args_is_help=True)
-app.command()(masks)
+app.command()(cli_caption.caption)
+app.command()(cli_caption.score)
+app.command()(cli_masks.masks)
 
 Source = Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Pictures, or a recipe.", show_default=False)]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
@@ -114,5 +116,6 @@ def class_images(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from finetune.config import read_recipe
 
     pictures = draw_class_images(read_recipe(recipe, overrides or []))
-    for folder in dict.fromkeys(picture.path.parent for picture in pictures):
-        typer.echo(f"{folder}: {sum(picture.path.parent == folder for picture in pictures)} class images")
+    folders = [Path(str(picture.path)).parent for picture in pictures]
+    for folder in dict.fromkeys(folders):
+        typer.echo(f"{folder}: {folders.count(folder)} class images")

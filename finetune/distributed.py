@@ -26,6 +26,8 @@ from finetune.launcher import asked_processes, local_world, set_threads
 
 T = TypeVar("T")
 
+PATIENCE = datetime.timedelta(hours=2)  # others wait while the main process draws class images
+
 
 class Processes:
     """The processes of one run, seen from one of them.
@@ -200,8 +202,11 @@ class Engine:
             self._accelerator.scaler.load_state_dict(state)
 
 
-def start(train: TrainConfig | None = None) -> Processes:
+def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIENCE) -> Processes:
     """Join this run's processes, choose a device and a number of threads, and say what came of it.
+
+    Args:
+        patience: how long one of them waits for the others.
 
     Raises:
         UserError: what was asked for is not what can be had: fewer processes than the launcher was told, float16
@@ -215,8 +220,7 @@ def start(train: TrainConfig | None = None) -> Processes:
     _forget_earlier_runs()
     handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
-        timeout = datetime.timedelta(hours=2)  # others wait while the main process draws class images
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience))
     accelerator = Accelerator(
         cpu=on_cpu,  # unless told, accelerate takes two processes without GPU for two runs, and averages nothing
         mixed_precision=train.mixed_precision,

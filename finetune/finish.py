@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ from finetune import evaluation
 from finetune.adapter import Weights
 from finetune.config import Recipe, lock
 from finetune.data import Batches, Concept, Picture, wording
+from finetune.data.places import Place
 from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
@@ -272,10 +274,10 @@ def _figures(one: Evaluation) -> str:
     )
 
 
-def _open(path: Path) -> Image.Image:
+def _open(place: Place) -> Image.Image:
     from PIL import Image, ImageOps
 
-    with Image.open(path) as picture:
+    with Image.open(io.BytesIO(place.read_bytes())) as picture:
         return ImageOps.exif_transpose(picture).convert("RGB")
 
 

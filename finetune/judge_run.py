@@ -78,7 +78,7 @@ def _taught(recipe: Recipe, folder: Path) -> Taught:
     concepts = recipe.data.concepts
     found = Taught.of(concepts[0]) if len(concepts) == 1 else None
     if found is None:
-        names = ", ".join(concept.folder for concept in concepts)
+        names = ", ".join(concept.source for concept in concepts)
         raise UserError(f"{folder}: only a subject or style of the embedded world can be judged, not {names}")
     return found
 

@@ -42,8 +42,8 @@ ALLOWED = {
     "finish": {*BORDERS, "config", "data", "families", "train", "export", "evaluation", "sampling", "distributed"},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }
-COMMANDS = {"cli", "cli_data", "cli_masks", "cli_tinyworld", "__main__"}  # may name everything
-TORCHLESS = {"errors", "config", "cli", "cli_data", "cli_masks", "cli_tinyworld", "__main__", "__init__"}
+COMMANDS = {"cli", "cli_caption", "cli_data", "cli_masks", "cli_tinyworld", "__main__"}  # may name everything
+TORCHLESS = {"errors", "config", *COMMANDS, "__init__"}
 FILES = sorted((ROOT / "finetune").rglob("*.py"))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.config import buckets, objective, pivotal, wording
+from finetune.config import buckets, objective, origin, pivotal, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -42,7 +42,6 @@ FORMATS = {  # kind of adapter -> layouts that its files can have
     "aesthetic": ("diffusers", "a1111"),
     "pivotal": ("diffusers", "kohya", "a1111", "bundle", "delta"),
 }
-EMBEDDED = "tinyworld:"  # folders of the embedded world bring their own prompts and trigger
 
 
 class Contradiction(NamedTuple):
@@ -55,8 +54,8 @@ class Contradiction(NamedTuple):
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Everything in ``recipe`` that cannot be meant."""
     yield from _concepts(recipe)
-    for found in (*buckets.contradictions(recipe), *wording.contradictions(recipe), *objective.contradictions(recipe)):
-        yield Contradiction(*found)
+    for section in (origin, buckets, wording, objective):
+        yield from (Contradiction(*found) for found in section.contradictions(recipe))
     yield from _prior(recipe)
     yield from _adapter(recipe)
     yield from _train(recipe)
@@ -80,7 +79,7 @@ def _concepts(recipe: Recipe) -> Iterator[Contradiction]:
                 f"must not contain the trigger {concept.trigger!r}: it names the class, not the subject; "
                 f"{_without(concept.class_prompt, concept.trigger)!r} would do",
             )
-        if recipe.recipe != "dreambooth" or concept.folder.startswith(EMBEDDED):
+        if recipe.recipe != "dreambooth" or concept.embedded:
             continue
         if concept.trigger is None:
             yield Contradiction((*at, "trigger"), "is missing: DreamBooth ties the subject to a rare word")
@@ -97,12 +96,12 @@ def _prior(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction(("prior", "kind"), "must be none: an aesthetic embedding trains no weights")
         return
     for index, concept in enumerate(recipe.data.concepts):
-        if concept.class_prompt is None and not concept.folder.startswith(EMBEDDED):
+        if concept.class_prompt is None and not concept.embedded:
             yield Contradiction(
                 ("data", "concepts", index, "class_prompt"),
                 f"is missing: prior {recipe.prior.kind!r} preserves what the model makes of the class, 'a star'",
             )
-    folders = [concept.folder for concept in recipe.data.concepts]
+    folders = [concept.folder for concept in recipe.data.concepts if concept.folder]
     if isinstance(recipe.prior, ImagesPrior) and recipe.prior.folder in folders:
         yield Contradiction(("prior", "folder"), "holds the subject's pictures; class images need their own folder")
 
@@ -175,7 +174,7 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
     for section, key in (("samples", recipe.samples.every), ("checkpoint", recipe.checkpoint.every)):
         if key is not None:
             yield Contradiction((section, "every"), "has no part in an aesthetic embedding, which takes no steps")
-    if recipe.model.path != EMBEDDED.removesuffix(":") and adapter.clip is None:
+    if recipe.model.path != origin.EMBEDDED.removesuffix(":") and adapter.clip is None:
         text = "is missing: name the CLIP whose text tower the model reads prompts with; Stable Diffusion 1.x has "
         yield Contradiction(("adapter", "clip"), text + "openai/clip-vit-large-patch14")
     if recipe.report.enabled and not recipe.report.prompts:

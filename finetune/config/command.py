@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from finetune.config.origin import EMBEDDED
 from finetune.config.reader import RecipeError, read_recipe
 from finetune.config.schema import ConceptConfig, Recipe
 from finetune.errors import GuardError, Stopped, UserError, nearest
@@ -83,10 +84,10 @@ def run_each(path: Path, overrides: Sequence[str], profile: str | None = None) -
 
 
 def concept_names(recipe: Recipe) -> dict[str, ConceptConfig]:
-    """The concepts of a recipe under names that can be folders: the trigger, or the folder; each its own."""
+    """The concepts of a recipe under names that can be folders: the trigger, or the source; each its own."""
     named: dict[str, ConceptConfig] = {}
     for concept in recipe.data.concepts:
-        word = concept.trigger or concept.folder.removeprefix("tinyworld:")
+        word = concept.trigger or concept.source.removeprefix(EMBEDDED)
         stem = re.sub(r"[^\w.-]+", "-", word).strip("-.") or "concept"
         numbered = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
         named[next(name for name in numbered if name not in named)] = concept

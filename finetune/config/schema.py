@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from finetune.config.adapters import AdapterConfig
 from finetune.config.buckets import BucketsConfig
 from finetune.config.objective import ObjectiveConfig
+from finetune.config.origin import EMBEDDED, DatasetConfig
 from finetune.config.rates import Pair, last_step, parse
 from finetune.config.section import Fraction, Probability, Section, Text
 from finetune.config.wording import FolderName, WordingConfig
@@ -32,9 +33,15 @@ class ModelConfig(Section):
 class ConceptConfig(Section):
     """Pictures that belong together: a subject, a style."""
 
-    folder: Text
-    """Pictures, with captions beside them or in `metadata.jsonl` or `metadata.csv`; `tinyworld:subject/N` and
-    `tinyworld:style/N` draw one of the embedded world's."""
+    folder: Text | None = None
+    """Pictures, with captions beside them or in `metadata.jsonl`, `.csv` or `.parquet`. A URL such as `s3://bucket/rex`
+    is mirrored into the cache folder; `tinyworld:subject/N` and `tinyworld:style/N` draw one of the embedded
+    world's."""
+    shards: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    """Tar files of pictures and captions, as WebDataset has them, in place of a folder: `data/{000..009}.tar`,
+    `data/*.tar`, a list, or URLs."""
+    dataset: DatasetConfig | None = None
+    """A table of pictures in place of a folder: of the Hugging Face hub, `datasets` or Parquet."""
     prompt: Text | None = None
     """For pictures that have no caption of their own: "a photo of zib star"."""
     captions: Literal["auto", "sidecar", "metadata", "prompt", "filename", "folder"] = "auto"
@@ -48,7 +55,8 @@ class ConceptConfig(Section):
     trigger: Text | None = None
     """The rare token of the prompt: "zib"."""
     masks: Text | None = None
-    """Folder of masks with the pictures' names (white counts); `alpha` takes the pictures' own."""
+    """Folder of masks with the pictures' names (white counts), or its URL; `alpha` takes the pictures' own, `shards`
+    the members `….mask.png` beside them."""
     repeats: PositiveInt = 1
     """How often each picture appears in an epoch; with `captions: folder` the folder's number where it is not set."""
     weight: PositiveFloat = 1.0
@@ -58,9 +66,23 @@ class ConceptConfig(Section):
     `objective.timesteps` where it is not set."""
 
     @property
+    def source(self) -> str:
+        """Where the pictures come from, as messages and plans call it."""
+        if self.dataset is not None:
+            return self.dataset.path
+        shards = self.shards if isinstance(self.shards, list) else [self.shards] if self.shards else []
+        more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+        return self.folder or f"{shards[0]}{more}"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded world draws the pictures."""
+        return self.folder is not None and self.folder.startswith(EMBEDDED)
+
+    @property
     def folder_name(self) -> FolderName | None:
         """What the folder's name says; None where it is not called like `10_zib star`."""
-        return FolderName.of(Path(self.folder).name)
+        return FolderName.of(Path(self.folder).name) if self.folder else None
 
     @model_validator(mode="before")
     @classmethod

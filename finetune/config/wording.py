@@ -86,7 +86,7 @@ class FolderName(NamedTuple):
 def contradictions(recipe: Recipe) -> Iterator[Found]:
     """Everything about captions that cannot be meant."""
     for index, concept in enumerate(recipe.data.concepts):
-        if concept.captions == "folder" and concept.folder_name is None:
+        if concept.captions == "folder" and concept.folder and concept.folder_name is None:
             text = f"is 'folder', but {concept.folder!r} is not called like '10_zib star', repeats and caption"
             yield ("data", "concepts", index, "captions"), text
     wording = recipe.data.wording

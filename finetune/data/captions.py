@@ -13,11 +13,12 @@ from typing import Literal
 
 from finetune.config.wording import WordingConfig
 from finetune.data.decoding import read
+from finetune.data.places import Place
 from finetune.data.wording import worded
 from finetune.errors import UserError, nearest
 from finetune.randomness import derive
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")
 LONGEST = 20_000  # characters; no text encoder reads a tenth of it
 
@@ -26,7 +27,7 @@ Lines = Literal["join", "choose", "first"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a metadata file: the captions of one picture."""
+    """A line of a metadata file, or a row of a Parquet one, both from 1: the captions of one picture."""
 
     line: int
     captions: tuple[str, ...]
@@ -65,8 +66,14 @@ def chance(seed: int, purpose: str, sample_id: str, number: int) -> float:
     return derive(seed, purpose, sample_id, number) / 2**63
 
 
-def read_sidecar(picture: Path, lines: Lines = "join") -> tuple[str, ...]:
-    """The captions in the text file beside a picture; none where there is no file or nothing in it.
+def sidecar(picture: Path) -> Path | None:
+    """The text file beside a picture, the first of ``SIDECARS`` that is there."""
+    beside = (picture.with_suffix(suffix) for suffix in SIDECARS)
+    return next((path for path in beside if path.is_file()), None)
+
+
+def read_sidecar(text: Place, lines: Lines = "join") -> tuple[str, ...]:
+    """The captions in a text file; none where there is nothing in it.
 
     Args:
         lines: what its lines are: together one caption, a caption each, or nothing but the first.
@@ -74,17 +81,13 @@ def read_sidecar(picture: Path, lines: Lines = "join") -> tuple[str, ...]:
     Raises:
         UserError: the file is not UTF-8, or no caption.
     """
-    for suffix in SIDECARS:
-        path = picture.with_suffix(suffix)
-        if path.is_file():
-            content = _decode(read(path), str(path))
-            texts = [_tidy(text, str(path)) for text in ([content] if lines == "join" else content.splitlines())]
-            own = tuple(text for text in texts if text)
-            return own[:1] if lines == "first" else own
-    return ()
+    content = _decode(read(text), str(text))
+    texts = [_tidy(one, str(text)) for one in ([content] if lines == "join" else content.splitlines())]
+    own = tuple(one for one in texts if one)
+    return own[:1] if lines == "first" else own
 
 
-def from_name(picture: Path) -> tuple[str, ...]:
+def from_name(picture: Place) -> tuple[str, ...]:
     """The caption in a picture's name: ``01_zib-star.png`` is "zib-star"; none where nothing is left.
 
     As in A1111 the digits and hyphens that it begins with are left out, and then underscores count as spaces.
@@ -103,10 +106,11 @@ def read_metadata(path: Path) -> tuple[dict[str, Row], list[str]]:
 
     A line of ``metadata.jsonl`` is ``{"file_name": "a.png", "text": "a photo of a dog"}``; a list of texts is a choice
     of captions. The columns of ``metadata.csv`` are named in its first line: ``file_name,text``; others may be there.
+    ``metadata.parquet`` has the same columns, and ``text`` may hold lists.
     """
     rows: dict[str, Row] = {}
     problems: list[str] = []
-    for number, record in (_csv_records if path.suffix == ".csv" else _json_records)(path):
+    for number, record in _RECORDS[path.suffix](path):
         try:
             name, row = _row(record, number, f"{path}:{number}")
             if name in rows:
@@ -153,6 +157,26 @@ def _csv_records(path: Path) -> Iterator[tuple[int, object]]:
         yield number, error
 
 
+def _parquet_records(path: Path) -> Iterator[tuple[int, object]]:
+    """The number of each row, from 1, and what it holds."""
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _require(table.schema_arrow.names, f"{path}: the table")
+            for batch in table.iter_batches(1024, columns=["file_name", "text"]):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        wrong = error if isinstance(error, UserError) else UserError(f"{path}: is no Parquet that can be read: {error}")
+        yield number + 1, wrong
+
+
+_RECORDS = {".jsonl": _json_records, ".csv": _csv_records, ".parquet": _parquet_records}
+
+
 def _require(names: Iterable[str], where: str) -> None:
     for key in ("file_name", "text"):
         if key not in names:
@@ -168,10 +192,22 @@ def _row(record: object, number: int, where: str) -> tuple[str, Row]:
     name, text = record["file_name"], record["text"]
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{where}: file_name must be a path inside the folder, found {name!r}")
+    return Path(name).as_posix(), Row(number, choice(text, where))
+
+
+def choice(text: object, where: str) -> tuple[str, ...]:
+    """A caption or a list of captions, as a table holds them; empty ones are left out.
+
+    Args:
+        where: it stands, for messages.
+
+    Raises:
+        UserError: it is neither.
+    """
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
         raise UserError(f"{where}: text must be a caption or a list of captions, found {text!r}")
-    return Path(name).as_posix(), Row(number, tuple(words for one in texts if (words := _tidy(one, where))))
+    return tuple(words for one in texts if (words := _tidy(one, where)))
 
 
 def _tidy(text: str, where: str) -> str:

@@ -6,11 +6,12 @@ import hashlib
 import io
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from finetune.data.places import Place
 from finetune.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
@@ -39,12 +40,12 @@ class Facts:
     frames: int
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(path: Place | PurePath) -> bool:
     """Whether the file's name says that it is a picture."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def inspect(path: Path) -> Facts:
+def inspect(path: Place) -> Facts:
     """Decode a file whole and say what it is.
 
     Raises:
@@ -69,7 +70,7 @@ def _frames(content: bytes) -> int:
         return 1
 
 
-def read(path: Path) -> bytes:
+def read(path: Place) -> bytes:
     """All bytes of a file.
 
     Raises:
@@ -78,10 +79,10 @@ def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def decode(content: bytes, path: Path) -> Image.Image:
+def decode(content: bytes, path: Place) -> Image.Image:
     """The first frame of a picture, upright, in the file's own colours.
 
     Args:
@@ -113,7 +114,7 @@ def decode(content: bytes, path: Path) -> Image.Image:
     return upright
 
 
-def _check_size(image: Image.Image, path: Path) -> None:
+def _check_size(image: Image.Image, path: Place) -> None:
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE:
         raise UserError(f"{path}: is {width} x {height} pixels; expected at least {SMALLEST_SIDE} on each side")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune import files
+from finetune.config.origin import EMBEDDED
 from finetune.config.schema import ConceptConfig
 from finetune.errors import UserError
 from finetune.randomness import derive
@@ -17,7 +18,6 @@ from finetune.tinyworld.commands import write_style, write_subject
 from finetune.tinyworld.style import Style, style
 from finetune.tinyworld.subject import subject
 
-SCHEME = "tinyworld:"
 OWN_MASKS = "tinyworld"
 
 
@@ -32,7 +32,7 @@ def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
     Raises:
         UserError: the folder names nothing of the embedded world.
     """
-    found = re.fullmatch(rf"{SCHEME}(subject|style)/(\d+)", config.folder)
+    found = re.fullmatch(rf"{EMBEDDED}(subject|style)/(\d+)", config.folder or "")
     if not found:
         raise UserError(
             f"folder {config.folder!r}: no such thing in the embedded world; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from finetune.data import decoding
@@ -20,6 +21,14 @@ def picture_files(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     pictures = [path for path in paths if path.is_file() and decoding.is_picture(path)]
     return pictures, [path for path in paths if path not in set(pictures)]
+
+
+def matching(pattern: str) -> list[Path]:
+    """The file that ``pattern`` names, or all that match it, in the order of their names."""
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    return [found for name in sorted(glob.glob(pattern)) if (found := Path(name)).is_file()]  # noqa: PTH207 (absolute)
 
 
 def nearest_folder(folder: Path) -> str:

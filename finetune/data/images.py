@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ def mask(picture: Picture, crop: Crop, scale: int) -> Tensor:
     cells = crop.target.height // scale, crop.target.width // scale
     if picture.mask is None:
         return torch.ones(1, *cells)
-    path = picture.path if picture.mask == ALPHA else Path(picture.mask)
+    path = picture.path if isinstance(picture.mask, str) else picture.mask
     image = decoding.decode(decoding.read(path), path)
     grey = decoding.alpha(image) if picture.mask == ALPHA else decoding.grey(image)
     cut = torch.from_numpy(np.array(_cut(grey, crop, Image.Resampling.BOX))).float() / 255

@@ -8,29 +8,34 @@ from finetune.config.schema import ConceptConfig
 from finetune.data import decoding
 from finetune.data.decoding import Facts
 from finetune.data.folders import nearest_folder
+from finetune.data.places import Place
 from finetune.errors import UserError, nearest
 
 ALPHA = "alpha"  # the picture's own transparency
 
 
-def find_mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Path | str | None:
+def find_mask(
+    path: Place, facts: Facts, config: ConceptConfig, where: str, own: Place | None = None
+) -> Place | str | None:
     """The mask of a picture as a concept has it: a file, ``ALPHA`` or none.
 
     Args:
         path: of the picture.
+        own: the mask that its source has for it.
         where: the concept is in the recipe, for messages.
 
     Raises:
         UserError: there is none, or it is empty or of another size.
     """
-    if config.masks is None:
+    if config.masks is None and own is None:
         return None
+    mask: Place | None
     if config.masks == ALPHA:
         if not facts.transparent:
             raise UserError(f"{path}: has no transparency to take as its mask ({where}.masks: alpha)")
         mask, image = None, decoding.alpha(decoding.decode(decoding.read(path), path))
     else:
-        mask = _mask_file(path, Path(config.masks), where)
+        mask = own or _mask_file(path, Path(config.masks or ""), where)
         image = decoding.grey(decoding.decode(decoding.read(mask), mask))
     if image.size != (facts.width, facts.height):
         raise UserError(
@@ -46,7 +51,7 @@ def mask_files(stem: str, folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob(f"{_escaped(stem)}.*")) if decoding.is_picture(file)]
 
 
-def _mask_file(path: Path, folder: Path, where: str) -> Path:
+def _mask_file(path: Place, folder: Path, where: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{where}.masks: {folder} does not exist{nearest_folder(folder)}")
     found = mask_files(path.stem, folder)

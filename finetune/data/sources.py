@@ -1,4 +1,4 @@
-"""Folders of pictures to lists of checked pictures: everything that is wrong is said at once, before training.
+"""Sources of pictures to lists of checked pictures: everything that is wrong is said at once, before training.
 
 No torch here, so that ``finetune plan`` stays quick.
 """
@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.adapters import EmbeddingConfig
+from finetune.config.origin import is_url
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.config.wording import WordingConfig
-from finetune.data import captions, decoding, embedded
+from finetune.data import captions, decoding, embedded, origins
 from finetune.data.decoding import Facts
-from finetune.data.folders import picture_files
 from finetune.data.masks import find_mask
+from finetune.data.origins import Finds, Sample, mirror
+from finetune.data.places import Place
 from finetune.data.templates import Wording
 from finetune.data.wording import everything
-from finetune.errors import UserError, nearest
+from finetune.errors import UserError
 
 MOST_PROBLEMS = 40  # lines of one error message
 
@@ -29,22 +31,22 @@ class Picture:
     """A checked picture with its captions.
 
     Attributes:
-        id: names its randomness and stands in errors: concept and path, such as "0/dog.jpg". The same wherever the
-            folder lies.
-        path: of the file.
+        id: names its randomness and stands in errors: concept and name, such as "0/dog.jpg", "0/000.tar/dog.jpg" or,
+            for a row of a table, "0/17". The same wherever the source lies.
+        path: where its bytes lie.
         captions: one or several, of which a draw takes one.
         facts: what the file holds.
-        mask: picture file whose white counts, or "alpha" for the picture's own transparency.
+        mask: a picture whose white counts, or "alpha" for the picture's own transparency.
         weight: how much it counts in the loss.
         timestep_bias: of its times towards noise; None where the recipe's holds.
         prior: it shows the class and not the subject.
     """
 
     id: str
-    path: Path
+    path: Place
     captions: tuple[str, ...]
     facts: Facts
-    mask: Path | str | None = None
+    mask: Place | str | None = None
     weight: float = 1.0
     timestep_bias: float | None = None
     prior: bool = False
@@ -72,7 +74,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found in the folders of a recipe: concepts with all pictures that are right, and all that is wrong."""
+    """What was found in the sources of a recipe: concepts with all pictures that are right, and all that is wrong."""
 
     concepts: list[Concept]
     problems: list[str]
@@ -99,12 +101,15 @@ def survey(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig |
     """As ``scan``, but what is wrong is told and not raised."""
     problems: list[str] = []
     concepts = []
+    cache = Path(data.cache.folder)
     wording = Wording.of(words) if words and words.templates else None
     for index, config in enumerate(data.concepts):
         where = f"data.concepts[{index}]"
         try:
-            resolved = resolve(config, Path(data.cache.folder))
-            concepts.append(_scan(resolved, index, where, problems, captioned, wording, data.wording))
+            resolved = resolve(config, cache, where)
+            found = origins.find(resolved, where, cache)
+            problems.extend(found.problems)
+            concepts.append(_scan(found, resolved, index, where, problems, captioned, wording, data.wording))
         except UserError as error:
             problems.append(str(error))
     own = [text for concept in concepts for picture in concept.pictures for text in picture.captions]
@@ -114,11 +119,18 @@ def survey(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig |
     return Survey(concepts, problems)
 
 
-def resolve(config: ConceptConfig, cache: Path) -> ConceptConfig:
-    """``config`` with ``tinyworld:subject/N`` drawn below ``cache`` and its folder, masks and prompts filled in."""
-    if not config.folder.startswith(embedded.SCHEME):
-        return config
-    return embedded.resolve(config, cache)
+def resolve(config: ConceptConfig, cache: Path, where: str = "data.concepts") -> ConceptConfig:
+    """``config`` with what its own words stand for filled in.
+
+    ``tinyworld:subject/N`` is drawn below ``cache``, with its folder, masks and prompts; masks behind a URL are copied
+    there.
+    """
+    if config.embedded:
+        config = embedded.resolve(config, cache)
+    if config.masks and is_url(config.masks):
+        masks, _ = mirror.folder(config.masks, cache, f"{where}.masks")
+        config = config.model_copy(update={"masks": str(masks)})
+    return config
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -146,6 +158,7 @@ def _unused(word: str, texts: Sequence[str]) -> str:
 
 
 def _scan(
+    found: Finds,
     config: ConceptConfig,
     index: int,
     where: str,
@@ -154,45 +167,31 @@ def _scan(
     wording: Wording | None,
     reworded: WordingConfig | None,
 ) -> Concept:
-    folder = Path(config.folder)
-    files, others = picture_files(folder, f"{where}.folder")
-    if config.captions == "folder" and config.folder_name is None:
-        raise UserError(f"{where}.captions: is 'folder', but {folder} is not called like '10_zib star'")
-    metadata, rows = _metadata(folder, config, where, problems)
-    files = sorted({*files, *(folder / name for name in rows if (folder / name).is_file())})
-    if not files:
-        raise UserError(f"{where}.folder: {folder} holds no pictures ({', '.join(sorted(decoding.SUFFIXES))})")
-    missing = [name for name in rows if not (folder / name).is_file()]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    for name in missing:
-        problems.append(f"{metadata}:{rows[name].line}: there is no {name} in the folder{nearest(name, names[:20])}")
     captioned = captioned and not (wording and wording.replaces)
     pictures, fallen = [], []
-    for path, name in zip(files, names, strict=True):
+    for sample in found.samples:
+        path = sample.picture
         try:
             _check_name(path)
             facts = decoding.inspect(path)
-            own = _own_captions(path, rows.get(name), config)
-            texts = own or _instead(path, config, captioned)
+            own = _own_captions(sample, config)
+            texts = own or _instead(sample, config, captioned)
             texts = wording.captions(texts, config.trigger) if wording else texts
-            mask = find_mask(path, facts, config, where)
-            pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight, config.timestep_bias))
-            fallen += [] if own else [name]
+            mask = find_mask(path, facts, config, where, sample.mask)
+            name = f"{index}/{sample.name}"
+            pictures.append(Picture(name, path, texts, facts, mask, config.weight, config.timestep_bias))
+            fallen += [] if own else [sample.name]
         except UserError as error:
             problems.append(str(error))
-    stems = {path.stem for path in files}
-    ignored = [
-        path for path in others if path != metadata and not (path.suffix in captions.SIDECARS and path.stem in stems)
-    ]
-    notes = _notes(config, pictures, ignored, reworded)
+    notes = _notes(config, pictures, found.ignored, reworded)
     expected = config.captions not in ("auto", "prompt") or len(fallen) < len(pictures)
     if captioned and fallen and expected and config.prompt is not None:
         alone, several = "picture has no caption of its own and takes", "pictures have no caption of their own and take"
-        notes.append(f"{config.folder}: {_count(len(fallen), alone, several)} the prompt: {_some(fallen)}")
+        notes.append(f"{config.source}: {_count(len(fallen), alone, several)} the prompt: {_some(fallen)}")
     return Concept(config, tuple(pictures), tuple(notes))
 
 
-def _check_name(path: Path) -> None:
+def _check_name(path: Place) -> None:
     """A picture's name stands in captions, logs and the names of its randomness."""
     try:
         str(path).encode()
@@ -200,52 +199,45 @@ def _check_name(path: Path) -> None:
         raise UserError(f"{str(path)!r}: has a name that is not UTF-8; rename the file") from None
 
 
-def _metadata(
-    folder: Path, config: ConceptConfig, where: str, problems: list[str]
-) -> tuple[Path | None, dict[str, captions.Row]]:
-    """The file that a concept's captions are read from, where there is one, and its rows."""
-    path = captions.metadata_file(folder)
-    if config.captions == "metadata" and path is None:
-        raise UserError(f"{where}.captions: there is no {' or '.join(captions.METADATA)} in {folder}")
-    if config.captions not in ("auto", "metadata") or path is None:
-        return path, {}
-    rows, wrong = captions.read_metadata(path)
-    problems.extend(wrong)
-    return path, rows
-
-
-def _own_captions(path: Path, row: captions.Row | None, config: ConceptConfig) -> tuple[str, ...]:
+def _own_captions(sample: Sample, config: ConceptConfig) -> tuple[str, ...]:
     """A picture's captions from where the concept says; none where there are none."""
     texts: tuple[str, ...] = ()
-    if config.captions in ("auto", "metadata") and row:
-        texts = row.captions
-    if not texts and config.captions in ("auto", "sidecar"):
-        texts = captions.read_sidecar(path, config.caption_lines)
+    if config.captions in ("auto", "metadata"):
+        texts = sample.captions
+    if not texts and config.captions in ("auto", "sidecar") and sample.beside is not None:
+        texts = captions.read_sidecar(sample.beside, config.caption_lines)
     if config.captions == "filename":
-        texts = captions.from_name(path)
+        texts = captions.from_name(sample.picture)
     if config.captions == "folder" and config.folder_name:
         texts = (config.folder_name.caption,)
     return texts
 
 
-def _instead(path: Path, config: ConceptConfig, captioned: bool) -> tuple[str, ...]:
+def _instead(sample: Sample, config: ConceptConfig, captioned: bool) -> tuple[str, ...]:
     """What a picture without captions of its own takes."""
     if config.prompt is not None:
         return (config.prompt,)
     if not captioned:
         return ("",)
-    mend = "give it a name with words" if config.captions == "filename" else f"write {path.stem}.txt beside it"
-    raise UserError(f"{path}: has no caption: {mend}, or set prompt for those without")
+    raise UserError(f"{sample.picture}: has no caption: {_mend(sample, config)}, or set prompt for those without")
+
+
+def _mend(sample: Sample, config: ConceptConfig) -> str:
+    if config.dataset is not None:
+        return f"fill its column {config.dataset.text!r}" if config.dataset.text else "name a column with dataset.text"
+    if config.captions == "filename":
+        return "give it a name with words"
+    return f"write {sample.picture.stem}.txt beside it"
 
 
 def _notes(
-    config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[Path], reworded: WordingConfig | None
+    config: ConceptConfig, pictures: Sequence[Picture], others: Iterable[str], reworded: WordingConfig | None
 ) -> list[str]:
     """What a person should know, one line each."""
     notes = []
-    ignored = [path.name for path in others if path.name != Path(config.masks or "").name]
+    ignored = [name for name in others if name != Path(config.masks or "").name]
     if ignored:
-        notes.append(f"{config.folder}: {_count(len(ignored), 'entry', 'entries')} ignored: {_some(ignored)}")
+        notes.append(f"{config.source}: {_count(len(ignored), 'entry', 'entries')} ignored: {_some(ignored)}")
     if config.trigger:
         word = re.compile(rf"(?<!\w){re.escape(config.trigger)}(?!\w)", re.IGNORECASE)
         without = [
@@ -253,16 +245,16 @@ def _notes(
         ]
         if without:
             held = _count(len(without), "caption lacks", "captions lack")
-            notes.append(f"{config.folder}: {held} the trigger {config.trigger!r}: {_some(without)}")
+            notes.append(f"{config.source}: {held} the trigger {config.trigger!r}: {_some(without)}")
     moving = [picture.path.name for picture in pictures if picture.facts.frames > 1]
     if moving:
-        notes.append(f"{config.folder}: only the first frame is used of {_some(moving)}")
+        notes.append(f"{config.source}: only the first frame is used of {_some(moving)}")
     alike: dict[str, list[str]] = {}
     for picture in pictures:
         alike.setdefault(picture.facts.sha256, []).append(picture.path.name)
     again = [" = ".join(names) for names in alike.values() if len(names) > 1]
     if again:
-        notes.append(f"{config.folder}: the same picture more than once: {_some(again)}")
+        notes.append(f"{config.source}: the same picture more than once: {_some(again)}")
     return notes
 
 

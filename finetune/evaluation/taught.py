@@ -35,7 +35,7 @@ class Taught:
     @staticmethod
     def of(concept: ConceptConfig) -> Taught | None:
         """What a recipe's concept teaches; None unless it is the embedded world's."""
-        found = re.fullmatch(r"tinyworld:(subject|style)/(\d+)", concept.folder)
+        found = re.fullmatch(r"tinyworld:(subject|style)/(\d+)", concept.folder or "")
         return Taught("subject" if found[1] == "subject" else "style", int(found[2])) if found else None
 
     def questions(self, concept: ConceptConfig | None = None, scenes: int = 10) -> Questions:

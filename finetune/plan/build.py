@@ -117,7 +117,7 @@ def _concept(found: sources.Concept) -> Concept:
     sizes = sorted(((p.facts.width, p.facts.height) for p in pictures), key=lambda size: size[0] * size[1])
     told = Counter("the prompt" if p.captions == (config.prompt,) else "their own" for p in pictures)
     return Concept(
-        folder=config.folder,
+        source=config.source,
         pictures=len(pictures),
         repeats=config.repeats,
         captions=dict(told),

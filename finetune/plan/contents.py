@@ -12,6 +12,7 @@ class Concept:
     """Pictures that were found, decoded and checked.
 
     Attributes:
+        source: as the recipe calls it.
         captions: where they come from -> how many pictures.
         example: one of the captions.
         smallest, largest: width and height in pixels, by area.
@@ -19,7 +20,7 @@ class Concept:
         bytes: of the files.
     """
 
-    folder: str
+    source: str
     pictures: int
     repeats: int
     captions: dict[str, int]

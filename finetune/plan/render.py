@@ -74,7 +74,7 @@ def _concept(concept: Concept) -> Iterator[str]:
     sizes = small if small == large else f"{small} to {large}"
     repeats = f", {concept.repeats} times each" if concept.repeats > 1 else ""
     masks = f", {concept.masked} with a mask" if concept.masked else ""
-    yield f"{concept.folder}: {concept.pictures} pictures{repeats}, {sizes}, {size(concept.bytes)}{masks}"
+    yield f"{concept.source}: {concept.pictures} pictures{repeats}, {sizes}, {size(concept.bytes)}{masks}"
     sources = ", ".join(f"{number} from {source}" for source, number in concept.captions.items())
     yield f"captions: {sources}; {concept.example!r}"
     if concept.trigger:

@@ -62,7 +62,7 @@ def test_a_good_recipe_comes_out_typed(tmp_path: Path) -> None:
         (
             "  - folder: pictures\n    prompt",
             "  - prompt",
-            "recipe.yaml:9: data.concepts.0.folder is missing: Pictures",
+            "recipe.yaml:9: data.concepts.0.folder is missing: pictures come from a folder",
         ),
         ("learning_rate: 1e-3", "learning_rate: .nan", "learning_rate must be a positive number, not nan"),
         ("learning_rate: 1e-3", "learning_rate: .inf", "learning_rate must be a positive number, not inf"),
