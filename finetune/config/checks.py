@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.config import buckets, origin, pivotal, wording
+from finetune.config import buckets, objective, origin, pivotal, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -54,8 +54,8 @@ class Contradiction(NamedTuple):
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Everything in ``recipe`` that cannot be meant."""
     yield from _concepts(recipe)
-    for found in (*origin.contradictions(recipe), *buckets.contradictions(recipe), *wording.contradictions(recipe)):
-        yield Contradiction(*found)
+    for section in (origin, buckets, wording, objective):
+        yield from (Contradiction(*found) for found in section.contradictions(recipe))
     yield from _prior(recipe)
     yield from _adapter(recipe)
     yield from _train(recipe)

@@ -39,6 +39,7 @@ class Picture:
         facts: what the file holds.
         mask: a picture whose white counts, or "alpha" for the picture's own transparency.
         weight: how much it counts in the loss.
+        timestep_bias: of its times towards noise; None where the recipe's holds.
         prior: it shows the class and not the subject.
         mask_box: around all of the mask that counts.
     """
@@ -49,6 +50,7 @@ class Picture:
     facts: Facts
     mask: Place | str | None = None
     weight: float = 1.0
+    timestep_bias: float | None = None
     prior: bool = False
     mask_box: Box | None = None
 
@@ -179,7 +181,8 @@ def _scan(
             texts = own or _instead(sample, config, captioned)
             texts = wording.captions(texts, config.trigger) if wording else texts
             mask, box = find_mask(path, facts, config, where, sample.mask) or (None, None)
-            pictures.append(Picture(f"{index}/{sample.name}", path, texts, facts, mask, config.weight, mask_box=box))
+            name, bias = f"{index}/{sample.name}", config.timestep_bias
+            pictures.append(Picture(name, path, texts, facts, mask, config.weight, bias, mask_box=box))
             fallen += [] if own else [sample.name]
         except UserError as error:
             problems.append(str(error))

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
+from finetune.families.schedulers import with_settings
 from finetune.family import ExportNames, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
+from finetune.objectives import Denoising, process_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class DiffusersFolder(ABC):
         source: what a recipe's ``model.path`` calls the model.
 
     Raises:
-        UserError: a part is missing.
+        UserError: a part is missing, or the scheduler says of no process that is known.
     """
 
     name: ClassVar[str]
@@ -66,8 +68,10 @@ class DiffusersFolder(ABC):
     """As in ``finetune.family.Sites``."""
     space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
     """Why there is no ``shared_space``; None where there is one."""
+    flow_unit: ClassVar[float] = 1000.0
+    flow_patch: ClassVar[int] = 2
+    """``unit`` and ``patch`` of ``finetune.objectives.flow.Flow``, where the model is one of flow matching."""
 
-    objective: Objective
     sites: Sites
     export_names: Mapping[str, ExportNames]
     pixel_multiple: int
@@ -89,12 +93,17 @@ class DiffusersFolder(ABC):
             name: load_tokenizer(folder, self.parts[name].tokenizer or "") for name in self.text_encoders
         }
         self.vocabularies = {name: Vocabulary(one, name) for name, one in self.tokenizers.items()}
+        self.sampling: Mapping[str, Any] = {}
+        where = folder / "scheduler"
+        self.process = process_of(self.scheduler(), where, unit=self.flow_unit, patch=self.flow_patch)
+        self.objective: Objective = Denoising(self.process)
 
     def scheduler(self) -> Any:
-        """A fresh copy of the folder's scheduler, of diffusers' class that it names."""
+        """A fresh copy of the folder's scheduler, with the settings of ``sampling``."""
         kind = read_json(self.folder / "scheduler" / "scheduler_config.json")["_class_name"]
         found = getattr(importlib.import_module("diffusers"), kind)
-        return found.from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+        own = found.from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+        return with_settings(own, self.sampling)
 
     def require(self, *networks: str) -> None:
         """Load the named networks in float32 onto ``device`` where they are not in memory, frozen, in ``eval()``."""

@@ -22,7 +22,7 @@ from finetune.config import read_recipe
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.data import Batches, scan
 from finetune.data.encode import Latents
-from finetune.denoise import squared_error
+from finetune.denoise import masked_mean
 from finetune.errors import UserError
 from finetune.families import load_family
 from finetune.tinyworld.subject import instance_scenes, subject
@@ -204,6 +204,6 @@ def test_masked_dreambooth_learns_from_masks_that_were_made(tmp_path: Path, tiny
         expected = np.asarray(true.resize((side, side), Image.Resampling.BOX), dtype=float) / 255
         assert np.abs(batch.mask[row, 0].numpy() - expected).mean() < 0.05
     answer = torch.zeros(5, 4, side, side, requires_grad=True)
-    squared_error(answer, torch.ones(5, 4, side, side), batch.mask).sum().backward()
+    masked_mean((answer - 1).square(), batch.mask).sum().backward()
     assert answer.grad is not None
     assert torch.equal(answer.grad != 0, (batch.mask != 0).expand(5, 4, side, side))
