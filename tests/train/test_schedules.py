@@ -5,7 +5,8 @@ import math
 import pytest
 
 from finetune.config.rates import parse
-from finetune.config.schema import ScheduleConfig, TrainConfig
+from finetune.config.schedule import ScheduleConfig
+from finetune.config.schema import TrainConfig
 from finetune.errors import UserError
 from finetune.train.schedules import rate
 
