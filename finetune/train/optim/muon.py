@@ -50,6 +50,8 @@ class MuonWithAdamW(Optimizer):
             "others": lambda groups: torch.optim.AdamW(groups, **shared, **others),
         }
         self._parts = {kind: makers[kind](groups) for kind in KINDS if (groups := self._of(kind))}
+        for part in self._parts.values():
+            self.defaults |= part.defaults  # what a group says beside these has been changed by a step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -1,0 +1,424 @@
+"""Each optimizer does what its paper says: steps computed by hand, from the formulas and not from the code."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.adapter import ParameterGroup
+from finetune.config.schema import TrainConfig
+from finetune.errors import UserError
+from finetune.randomness import generator
+from finetune.train import optimizers
+from finetune.train.optim.came import Came
+from finetune.train.optim.lion import Lion
+from finetune.train.optim.muon import MuonWithAdamW
+from finetune.train.optim.prodigy import Prodigy
+from finetune.train.optim.schedule_free import ScheduleFree
+from finetune.train.optimizer_state import load_state_by_name, state_by_name
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw foreach": {"name": "adamw", "kernel": "foreach"},
+    "adamw loop": {"name": "adamw", "kernel": "loop"},
+    "sgd": {"nesterov": True},
+    "lion": {},
+    "adafactor": {},
+    "adafactor with a mean": {"name": "adafactor", "beta1": 0.9, "scale_parameter": True},
+    "came": {},
+    "prodigy": {"d0": 1e-3},
+    "prodigy with bias correction": {"name": "prodigy", "bias_correction": True, "growth_rate": 1.5},
+    "schedulefree": {"r": 1.0},
+    "muon": {},
+    "torch.optim.RAdam": {"options": {"betas": [0.8, 0.9], "decoupled_weight_decay": True}},
+    "torch.optim.ASGD": {},
+}
+
+
+def config(name: str, **settings: Any) -> Any:
+    settings = {"name": name, **OPTIMIZERS.get(name, {}), **settings}
+    return TrainConfig.model_validate({"optimizer": settings}).optimizer
+
+
+def numbers(*shape: int, draw: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(0, "optimizers", *shape, draw))
+
+
+def groups(**settings: Any) -> list[ParameterGroup]:
+    """A matrix, a kernel and a vector in one group, a table alone in another that does not decay."""
+    first = {
+        "net.weight": nn.Parameter(numbers(6, 4)),
+        "net.kernel": nn.Parameter(numbers(4, 3, 3, 3)),
+        "net.bias": nn.Parameter(numbers(4)),
+    }
+    table = {"text.table": nn.Parameter(numbers(5, 4))}
+    return [
+        ParameterGroup("net", first, **settings),
+        ParameterGroup("text", table, learning_rate=0.5, factor=2.0, decays=False, tables=frozenset(table)),
+    ]
+
+
+def parameters(of: list[ParameterGroup]) -> Iterator[nn.Parameter]:
+    for group in of:
+        yield from group.parameters.values()
+
+
+def set_gradients(of: list[ParameterGroup], draw: int) -> None:
+    for parameter in parameters(of):
+        parameter.grad = numbers(*parameter.shape, draw=draw)
+
+
+def single(start: Tensor, make: Callable[..., torch.optim.Optimizer], gradients: list[Tensor], **settings: Any) -> Any:
+    """One parameter after steps with the given gradients, and the optimizer."""
+    parameter = nn.Parameter(start.clone())
+    optimizer = make([parameter], **settings)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach(), optimizer
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance * 1e-2)
+
+
+STEPS = [numbers(3, 2, draw=draw) for draw in range(1, 6)]
+START = numbers(3, 2)
+
+
+def test_lion_moves_by_signs_of_interpolated_momentum() -> None:
+    rate, decay = 0.1, 0.2
+    found, _ = single(START, Lion, STEPS, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+    weight, momentum = START.double(), torch.zeros(3, 2).double()
+    for gradient in STEPS:
+        weight = weight - rate * (torch.sign(0.9 * momentum + 0.1 * gradient) + decay * weight)
+        momentum = 0.99 * momentum + 0.01 * gradient
+    close(found, weight)
+
+
+def test_every_number_moves_by_the_rate_under_lion() -> None:
+    found, _ = single(START, Lion, STEPS[:1], lr=0.25)
+    assert torch.equal((START - found).sign(), STEPS[0].sign())
+    close((START - found).abs(), torch.full((3, 2), 0.25))
+
+
+@pytest.mark.parametrize("r", [0.0, 1.0])
+def test_schedule_free_averages_the_steps_of_z(r: float) -> None:
+    """x, y and z carried along as in the paper, with a rate that rises; the code stores neither x nor this."""
+    parameter = nn.Parameter(START.clone())
+    beta1, beta2, eps, decay, rate = 0.9, 0.99, 1e-8, 0.1, 0.05
+    optimizer = ScheduleFree([parameter], betas=(beta1, beta2), eps=eps, weight_decay=decay, r=r)
+    x = z = START.double()
+    squares, weights = torch.zeros(3, 2).double(), []
+    for count, gradient in enumerate(STEPS, start=1):
+        now = rate * min(1.0, count / 3)
+        optimizer.param_groups[0]["lr"] = now
+        y = (1 - beta1) * z + beta1 * x
+        close(parameter.detach(), y)
+        squares = beta2 * squares + (1 - beta2) * gradient.double() ** 2
+        z = z - now * (gradient / ((squares / (1 - beta2**count)).sqrt() + eps) + decay * y)
+        weights.append(count**r * now**2)
+        share = weights[-1] / sum(weights)
+        x = (1 - share) * x + share * z
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    optimizer.eval()
+    close(parameter.detach(), x)
+    with pytest.raises(RuntimeError, match="hold the average"):
+        optimizer.step()
+    optimizer.train()
+    close(parameter.detach(), (1 - beta1) * z + beta1 * x)
+
+
+def test_without_momentum_and_decay_the_average_is_the_mean_of_the_steps() -> None:
+    """At a constant rate and r = 0, x is the plain mean of z_1 ... z_t."""
+    parameter, points = nn.Parameter(START.clone()), []
+    optimizer = ScheduleFree([parameter], lr=0.1)
+    for gradient in STEPS:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        points.append(optimizer.state[parameter]["z"].clone())
+    optimizer.eval()
+    close(parameter.detach(), torch.stack(points).mean(0))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_prodigy_follows_its_algorithm(safe: bool) -> None:
+    """Algorithm 4 with its own (1 - β3), in the paper's units."""
+    d, eps, decay, rate = 1e-2, 1e-8, 0.1, 0.5
+    beta1, beta2 = 0.9, 0.99
+    beta3 = math.sqrt(beta2)
+    settings = {"lr": rate, "betas": (beta1, beta2), "weight_decay": decay, "d0": d, "safeguard_warmup": safe}
+    parameter = nn.Parameter(START.clone())
+    optimizer = Prodigy([parameter], **settings)
+    x = START.double()
+    m = v = s = torch.zeros(3, 2).double()
+    r, seen = 0.0, []
+    for gradient in STEPS:
+        g = gradient.double()
+        r = beta3 * r + (1 - beta3) * rate * d**2 * float((g * (START - x)).sum())
+        s = beta3 * s + (1 - beta3) * (1.0 if safe else rate) * d**2 * g
+        m, v = beta1 * m + (1 - beta1) * d * g, beta2 * v + (1 - beta2) * d**2 * g**2
+        x = x - rate * d * (m / (v.sqrt() + d * eps) + decay * x)
+        d = max(d, r / float(s.abs().sum()))
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        seen.append(d)
+        assert optimizer.param_groups[0]["d"] == pytest.approx(d, rel=1e-4)
+    assert seen == sorted(seen)
+    close(parameter.detach(), x, 1e-4)
+
+
+@pytest.mark.parametrize("distance", [0.01, 1.0, 100.0])
+def test_prodigy_finds_the_order_of_the_distance_without_a_rate(distance: float) -> None:
+    """On a quadratic with its bottom ``distance`` away in each coordinate, from d0 = 1e-6."""
+    target = distance * numbers(20).sign()
+    parameter = nn.Parameter(torch.zeros(20))
+    optimizer, seen = Prodigy([parameter]), []
+    for _ in range(1000):
+        parameter.grad = parameter.detach() - target
+        optimizer.step()
+        seen.append(optimizer.param_groups[0]["d"])
+    assert seen[0] == 1e-6 and seen == sorted(seen)
+    assert 0.01 * distance < seen[-1] <= distance, "a lower bound of ‖x0 - x*‖∞"
+    assert float((parameter.detach() - target).abs().max()) < 0.05 * distance
+
+
+def test_each_group_finds_its_own_rate_under_prodigy() -> None:
+    near, far = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
+    optimizer = Prodigy([{"params": [near]}, {"params": [far]}])
+    for _ in range(500):
+        near.grad, far.grad = near.detach() - 0.01, far.detach() - 10.0
+        optimizer.step()
+    one, other = (group["d"] for group in optimizer.param_groups)
+    assert 100 < other / one < 10000
+
+
+def test_growth_is_limited_where_that_is_asked_for() -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer, seen = Prodigy([parameter], growth_rate=1.2), [1e-6]
+    for _ in range(50):
+        parameter.grad = parameter.detach() - 1.0
+        optimizer.step()
+        seen.append(optimizer.param_groups[0]["d"])
+    assert max(after / before for before, after in zip(seen, seen[1:], strict=False)) == pytest.approx(1.2)
+
+
+def factored(squares: Tensor) -> Tensor:
+    """Rows and columns of a matrix of squares, and their product over the mean: the best of rank one (Adafactor)."""
+    return squares.mean(1, keepdim=True) * squares.mean(0, keepdim=True) / squares.mean()
+
+
+def test_came_divides_by_what_updates_stray() -> None:
+    rate, decay = 0.1, 0.2
+    (beta1, beta2, beta3), (eps1, eps2) = (0.9, 0.99, 0.999), (1e-30, 1e-16)
+    settings = {"lr": rate, "betas": (beta1, beta2, beta3), "eps": (eps1, eps2), "weight_decay": decay}
+    found, optimizer = single(START, Came, STEPS, **settings)
+    weight, mean = START.double(), torch.zeros(3, 2).double()
+    squares = strays = torch.zeros(3, 2).double()
+    for gradient in STEPS:
+        squares = beta2 * squares + (1 - beta2) * (gradient.double() ** 2 + eps1)
+        update = gradient / factored(squares).sqrt()
+        update = update / max(1.0, float(update.square().mean().sqrt()))
+        mean = beta1 * mean + (1 - beta1) * update
+        strays = beta3 * strays + (1 - beta3) * ((update - mean) ** 2 + eps2)
+        weight = weight - rate * (mean / factored(strays).sqrt() + decay * weight)
+    close(found, weight, 1e-4)
+    (state,) = optimizer.state.values()
+    shapes = {"exp_avg": (3, 2), "exp_avg_sq_row": (3,), "exp_avg_sq_col": (2,)}
+    assert {what: tuple(state[what].shape) for what in shapes} == shapes
+
+
+def test_adafactor_keeps_means_of_rows_and_columns() -> None:
+    """With ``scale_parameter`` off, the rate is the recipe's own."""
+    group = ParameterGroup("net", {"net.weight": nn.Parameter(START.clone())})
+    optimizer = optimizers.build_optimizer(config("adafactor"), [group], 0.1)
+    weight, squares = START.double(), torch.zeros(3, 2).double()
+    for count, gradient in enumerate(STEPS, start=1):
+        share = count**-0.8
+        squares = (1 - share) * squares + share * (gradient.double() ** 2 + 1e-30)
+        update = gradient / factored(squares).sqrt()
+        weight = weight - 0.1 * update / max(1.0, float(update.square().mean().sqrt()))
+        group.parameters["net.weight"].grad = gradient.clone()
+        optimizer.step()
+    close(group.parameters["net.weight"].detach(), weight, 1e-4)
+
+
+def test_muon_moves_matrices_at_the_size_of_adamw_and_the_rest_as_adamw_does() -> None:
+    made = groups()
+    optimizer = optimizers.build_optimizer(config("muon", weight_decay=0.0, nesterov=False), made, 0.01)
+    assert isinstance(optimizer, MuonWithAdamW)
+    kinds = {name: group["kind"] for group in optimizer.param_groups for name in _names(made, group)}
+    assert kinds == {"net.weight": "matrices", "net.kernel": "others", "net.bias": "others", "text.table": "others"}
+    before = {name: one.detach().clone() for group in made for name, one in group.parameters.items()}
+    other = groups()
+    plain = torch.optim.AdamW(list(parameters(other)), lr=0.01, weight_decay=0.0)
+    for group in plain.param_groups:
+        assert group["betas"] == (0.9, 0.999)
+    for one in (made, other):
+        set_gradients(one, 1)
+    optimizer.step()
+    plain.step()
+    for name in ("net.kernel", "net.bias"):
+        close(made[0].parameters[name].detach(), other[0].parameters[name].detach())
+    step = (before["net.weight"] - made[0].parameters["net.weight"].detach()) / 0.01
+    singular = torch.linalg.svdvals(step) / (0.2 * math.sqrt(6))
+    assert float(singular.min()) > 0.5 and float(singular.max()) < 1.4, "Newton-Schulz brings them near 1"
+    assert float((step * numbers(6, 4, draw=1)).sum()) > 0, "downhill"
+
+
+def _names(of: list[ParameterGroup], group: dict[str, Any]) -> list[str]:
+    named = {id(one): name for made in of for name, one in made.parameters.items()}
+    return [named[id(one)] for one in group["params"]]
+
+
+def test_muon_without_a_matrix_is_refused() -> None:
+    vectors = [ParameterGroup("net", {"net.bias": nn.Parameter(torch.zeros(3))})]
+    with pytest.raises(UserError, match="muon moves matrices, and none trains here"):
+        optimizers.build_optimizer(config("muon"), vectors, 0.01)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_keep_their_rates_and_only_what_decays_decays(name: str) -> None:
+    made = groups()
+    optimizer = optimizers.build_optimizer(config(name), made, 0.1)
+    found = optimizers.set_rates(optimizer, 0.5)
+    factor = {group["name"]: group["d"] if "d0" in group else 1.0 for group in optimizer.param_groups}
+    assert found == pytest.approx({"net": 0.05 * factor["net"], "text": 0.5 * factor["text"]})
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["name"] == "text"} == {0.0}
+
+
+def test_the_logged_rate_is_what_prodigy_found_times_the_schedule() -> None:
+    made = groups()
+    optimizer = optimizers.build_optimizer(config("prodigy"), made, 1.0)
+    for draw in range(20):
+        optimizers.set_rates(optimizer, 0.5)
+        set_gradients(made, 1)
+        optimizer.step()
+        assert draw < 5 or optimizer.param_groups[0]["d"] > 1e-6
+    assert optimizers.rates(optimizer)["net"] == 0.5 * optimizer.param_groups[0]["d"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_weight_without_gradient_keeps_every_bit(name: str) -> None:
+    """Decay and momentum included; and a group at rest counts no step."""
+    made = groups()
+    optimizer = optimizers.build_optimizer(config(name), made, 0.1)
+    for draw in (1, 2):
+        set_gradients(made, draw)
+        optimizer.step()
+    before = [one.detach().clone() for one in parameters(made)]
+    remembered = {key: value.clone() for key, value in state_by_name(optimizer, made).items()}
+    set_gradients(made, 3)
+    for one in made[0].parameters.values():
+        one.grad = None
+    optimizer.step()
+    moved = [not torch.equal(one, then) for one, then in zip(parameters(made), before, strict=True)]
+    assert moved == [False, False, False, True]
+    others = [number for number, group in enumerate(optimizer.param_groups) if group["name"] == "net"]
+    resting = ("net.", *(f"groups.{number}/" for number in others))
+    after = state_by_name(optimizer, made)
+    assert all(torch.equal(after[key], value) for key, value in remembered.items() if key.startswith(resting))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_state_takes_the_same_next_steps(name: str) -> None:
+    made, again = groups(), groups()
+    optimizer = optimizers.build_optimizer(config(name), made, 0.1)
+    for draw in range(1, 5):
+        set_gradients(made, draw)
+        optimizer.step()
+    kept = {key: value.clone() for key, value in state_by_name(optimizer, made).items()}
+    with torch.no_grad():
+        for one, other in zip(parameters(again), parameters(made), strict=True):
+            one.copy_(other)
+    other = optimizers.build_optimizer(config(name), again, 0.1)
+    load_state_by_name(other, again, kept)
+    assert {key: type(value) for key, value in _plain(optimizer)} == {key: type(value) for key, value in _plain(other)}
+    for draw in range(5, 8):
+        for one in (made, again):
+            set_gradients(one, draw)
+        optimizer.step()
+        other.step()
+    assert all(torch.equal(one, two) for one, two in zip(parameters(made), parameters(again), strict=True))
+    end, end_too = state_by_name(optimizer, made), state_by_name(other, again)
+    assert end.keys() == end_too.keys() and all(torch.equal(end[key], end_too[key]) for key in end)
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    """Everything in states, whatever it is."""
+    for number, state in enumerate(optimizer.state.values()):
+        yield from ((f"{number} {what}", value) for what, value in state.items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_overflow_under_float16_changes_neither_weights_nor_memory(name: str) -> None:
+    made = groups()
+    optimizer = optimizers.build_optimizer(config(name), made, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for draw in (1, 2):
+        scaler.scale(torch.zeros(()))
+        set_gradients(made, draw)
+        before = [one.detach().clone() for one in parameters(made)]
+        memory = {key: value.clone() for key, value in state_by_name(optimizer, made).items()}
+        if draw == 2:
+            made[0].parameters["net.bias"].grad[0] = math.inf  # type: ignore[index]
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(one, then) for one, then in zip(parameters(made), before, strict=True))
+    after = state_by_name(optimizer, made)
+    assert memory.keys() == after.keys() and all(torch.equal(memory[key], after[key]) for key in memory)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "." not in name])
+def test_the_plan_counts_the_bytes_that_are_kept(name: str) -> None:
+    made = groups()
+    chosen = config(name)
+    optimizer = optimizers.build_optimizer(chosen, made, 0.1)
+    set_gradients(made, 1)
+    optimizer.step()
+    kept = state_by_name(optimizer, made)
+    tables = {table for group in made for table in group.tables}
+    for group in made:
+        for key, parameter in group.parameters.items():
+            held = sum(one.nbytes for what, one in kept.items() if what.startswith(f"{key}/") and one.ndim > 0)
+            assert held == chosen.state_bytes(parameter.shape, key in tables), key
+
+
+def test_states_of_8_bits_are_counted_with_their_scales() -> None:
+    adamw, lion = config("adamw8bit"), config("lion8bit")
+    assert adamw.state_bytes((64, 64)) == 2 * (4096 + 4 * 16) == 2 * lion.state_bytes((64, 64))
+    assert adamw.state_bytes((63, 64)) == 2 * 4 * 63 * 64, "small ones stay float32"
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
+def test_8_bits_say_what_they_need(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"{name} needs a CUDA GPU"):
+        optimizers.build_optimizer(config(name), groups(), 0.1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"pip install 'finetune\[8bit\]'"):
+        optimizers.build_optimizer(config(name), groups(), 0.1)
+
+
+def test_8_bits_are_called_with_the_arguments_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in: the library itself needs a GPU, and has not been run."""
+    called: dict[str, Any] = {}
+    stand_in = SimpleNamespace(
+        AdamW8bit=lambda params, lr, betas, eps, weight_decay: called.update(adamw=(lr, betas, eps, weight_decay)),
+        Lion8bit=lambda params, lr, betas, weight_decay: called.update(lion=(lr, betas, weight_decay)),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=stand_in))
+    optimizers.build_optimizer(config("adamw8bit"), groups(), 0.1)
+    optimizers.build_optimizer(config("lion8bit"), groups(), 0.1)
+    assert called == {"adamw": (0.1, (0.9, 0.999), 1e-8, 0.01), "lion": (0.1, (0.9, 0.99), 0.01)}
