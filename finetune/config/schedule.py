@@ -42,7 +42,7 @@ class ScheduleConfig(Section):
     power: PositiveFloat = 1.0
     """Of `polynomial`."""
     decay_steps: PositiveInt | None = None
-    """Of `warmup_stable_decay`: in how many of the last steps it falls; `decay_share` of the run where it is not set."""
+    """Of `warmup_stable_decay`: how many steps it falls in; `decay_share` of the run's where it is not set."""
     decay_share: Fraction = 0.2
     """Of `warmup_stable_decay`: in what share of the run's steps it falls, at its end."""
     decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"

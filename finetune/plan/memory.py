@@ -82,10 +82,10 @@ def estimate(
         f"activations of {batch} pictures": kept,
     }
     per = 4 * (1 + (processes > 1) + (train.ema is not None))
-    of_optimizer = "states of its class not counted" if isinstance(train.optimizer, ClassConfig) else f"{states:,} bytes"
+    counted = "not counted" if isinstance(train.optimizer, ClassConfig) else f"{states:,} bytes"
     formula = (
         f"4 bytes x parameters of {', '.join(sorted(held))} + {per} bytes x {trainable:,} that train "
-        f"(gradient{', average' if train.ema else ''}) + {train.optimizer.name}'s memory ({of_optimizer}) "
+        f"(gradient{', average' if train.ema else ''}) + {train.optimizer.name}'s states ({counted}) "
         f"+ what autograd keeps of a forward pass of {batch} pictures"
         + (", without the block that checkpointing computes again" if train.gradient_checkpointing else "")
         + (", halved for mixed precision" if train.mixed_precision != "no" else "")

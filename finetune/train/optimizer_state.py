@@ -27,7 +27,7 @@ def state_by_name(optimizer: Optimizer, groups: Sequence[ParameterGroup]) -> dic
     Raises:
         UserError: it remembers what is neither tensor nor number.
     """
-    kept = {}
+    kept: dict[str, Tensor] = {}
     for name, parameter in _named(groups):
         for what, value in optimizer.state.get(parameter, {}).items():
             kept |= _kept(f"{name}/{what}", value, optimizer)
@@ -38,9 +38,7 @@ def state_by_name(optimizer: Optimizer, groups: Sequence[ParameterGroup]) -> dic
     return kept
 
 
-def load_state_by_name(
-    optimizer: Optimizer, groups: Sequence[ParameterGroup], state: Mapping[str, Tensor]
-) -> None:
+def load_state_by_name(optimizer: Optimizer, groups: Sequence[ParameterGroup], state: Mapping[str, Tensor]) -> None:
     """Put ``state_by_name`` back, bit for bit.
 
     Raises:

@@ -34,6 +34,7 @@ from finetune.train.optim.schedule_free import ScheduleFree
 
 Groups = list[dict[str, Any]]
 
+
 def build_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup], learning_rate: float) -> Optimizer:
     """An optimizer whose groups are the adapter's, and remember their ``name`` and ``peak`` learning rate.
 
@@ -47,7 +48,7 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup], l
     described, settings = _described(groups, learning_rate), config.model_dump(exclude={"name", "kernel"})
     match config:
         case AdamWConfig(kernel=kernel):
-            kernels = {"fused": kernel == "fused", "foreach": kernel == "foreach"}
+            kernels: dict[str, Any] = {"fused": kernel == "fused", "foreach": kernel == "foreach"}
             return torch.optim.AdamW(described, lr=learning_rate, **settings, **kernels)
         case SgdConfig():
             return torch.optim.SGD(described, lr=learning_rate, **settings, foreach=False)
@@ -67,6 +68,19 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup], l
             return Adafactor(described, lr=learning_rate, **settings, relative_step=False)
         case AdamW8bitConfig() | Lion8bitConfig():
             return _eight_bits(config.name)(described, lr=learning_rate, **settings)
+
+
+def require_available(config: OptimizerConfig) -> None:
+    """Find out before anything is loaded whether the optimizer can be had.
+
+    Raises:
+        UserError: as ``build_optimizer``, as far as that needs no weights.
+    """
+    match config:
+        case ClassConfig():
+            named.find(config.name, config.options)
+        case AdamW8bitConfig() | Lion8bitConfig():
+            _eight_bits(config.name)
 
 
 def set_rates(optimizer: Optimizer, rate: float) -> dict[str, float]:
@@ -152,7 +166,7 @@ def _eight_bits(name: str) -> Callable[..., Optimizer]:
 
 
 def _of_class(config: ClassConfig, groups: Sequence[ParameterGroup], learning_rate: float) -> Optimizer:
-    found = named.find(config.name)
+    found = named.find(config.name, config.options)
     described = _described(groups, learning_rate, decays=named.takes(found, "weight_decay"))
     optimizer = named.make(found, described, learning_rate, config.options)
     if averages(optimizer):

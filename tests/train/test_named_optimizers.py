@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from toy_run import recipe
 
 from finetune.adapter import ParameterGroup
 from finetune.config.schema import TrainConfig
+from finetune.distributed import start
 from finetune.errors import UserError
-from finetune.train import optimizers
+from finetune.train import check_run, optimizers
 from finetune.train.optimizer_state import load_state_by_name, state_by_name
 
 HERE = __name__
@@ -66,7 +69,7 @@ def test_options_reach_the_class_lists_as_tuples() -> None:
 
 def test_a_class_that_takes_anything_is_given_anything() -> None:
     assert build(f"{HERE}.Anything", momentum=0.5)[0].param_groups[0]["momentum"] == 0.5
-    with pytest.raises(UserError, match="Anything refuses them: .*unexpected keyword argument 'momentun'"):
+    with pytest.raises(UserError, match=r"Anything refuses them: .*unexpected keyword argument 'momentun'"):
         build(f"{HERE}.Anything", momentun=0.5)
 
 
@@ -85,6 +88,13 @@ def test_a_class_that_takes_anything_is_given_anything() -> None:
 def test_what_cannot_be_had_has_its_sentence(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         build(name, **options)
+
+
+def test_a_run_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    run = recipe(tmp_path / "run", optimizer={"name": "torch.optim.RAdam", "options": {"beta": 1}})
+    with pytest.raises(UserError, match=r"options.beta is no argument"):
+        check_run(run, start(run.train))
+    assert not (tmp_path / "run").exists()
 
 
 def test_numbers_of_weights_and_groups_come_back_as_what_they_were() -> None:
@@ -109,7 +119,7 @@ def test_numbers_of_weights_and_groups_come_back_as_what_they_were() -> None:
 def test_what_no_checkpoint_can_hold_is_named() -> None:
     optimizer, groups = build(f"{HERE}.Hoarding")
     optimizer.step()
-    with pytest.raises(UserError, match="Hoarding keeps net.weight/history as a list, which no checkpoint can hold"):
+    with pytest.raises(UserError, match=r"Hoarding keeps net\.weight/history as a list, which no checkpoint can hold"):
         state_by_name(optimizer, groups)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adafactor with a mean": {"name": "adafactor", "beta1": 0.9, "scale_parameter": True},
     "came": {},
     "prodigy": {"d0": 1e-3},
-    "prodigy with bias correction": {"name": "prodigy", "bias_correction": True, "growth_rate": 1.5},
+    "prodigy of the paper": {"name": "prodigy", "bias_correction": False, "growth_rate": 1.5},
     "schedulefree": {"r": 1.0},
     "muon": {},
     "torch.optim.RAdam": {"options": {"betas": [0.8, 0.9], "decoupled_weight_decay": True}},
@@ -150,19 +151,21 @@ def test_without_momentum_and_decay_the_average_is_the_mean_of_the_steps() -> No
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_prodigy_follows_its_algorithm(safe: bool) -> None:
+@pytest.mark.parametrize("corrected", [False, True])
+def test_prodigy_follows_its_algorithm(safe: bool, corrected: bool) -> None:
     """Algorithm 4 with its own (1 - β3), in the paper's units."""
-    d, eps, decay, rate = 1e-2, 1e-8, 0.1, 0.5
+    d, eps, decay = 1e-2, 1e-8, 0.1
     beta1, beta2 = 0.9, 0.99
     beta3 = math.sqrt(beta2)
-    settings = {"lr": rate, "betas": (beta1, beta2), "weight_decay": decay, "d0": d, "safeguard_warmup": safe}
+    settings = {"lr": 0.5, "betas": (beta1, beta2), "weight_decay": decay, "d0": d, "safeguard_warmup": safe}
     parameter = nn.Parameter(START.clone())
-    optimizer = Prodigy([parameter], **settings)
+    optimizer = Prodigy([parameter], bias_correction=corrected, **settings)  # type: ignore[arg-type]
     x = START.double()
     m = v = s = torch.zeros(3, 2).double()
     r, seen = 0.0, []
-    for gradient in STEPS:
+    for count, gradient in enumerate(STEPS, start=1):
         g = gradient.double()
+        rate = 0.5 * (math.sqrt(1 - beta2**count) / (1 - beta1**count) if corrected else 1.0)
         r = beta3 * r + (1 - beta3) * rate * d**2 * float((g * (START - x)).sum())
         s = beta3 * s + (1 - beta3) * (1.0 if safe else rate) * d**2 * g
         m, v = beta1 * m + (1 - beta1) * d * g, beta2 * v + (1 - beta2) * d**2 * g**2
@@ -208,7 +211,7 @@ def test_growth_is_limited_where_that_is_asked_for() -> None:
         parameter.grad = parameter.detach() - 1.0
         optimizer.step()
         seen.append(optimizer.param_groups[0]["d"])
-    assert max(after / before for before, after in zip(seen, seen[1:], strict=False)) == pytest.approx(1.2)
+    assert max(after / before for before, after in pairwise(seen)) == pytest.approx(1.2)
 
 
 def factored(squares: Tensor) -> Tensor:

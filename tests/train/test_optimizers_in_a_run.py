@@ -88,13 +88,13 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_memory(tmp_path: Path, nam
 
 
 def test_the_rate_that_prodigy_found_is_logged(tmp_path: Path) -> None:
-    trainer = made(tmp_path / "run", "prodigy", steps=30, schedule={"name": "linear"})
-    run(trainer, until=29)
+    trainer = made(tmp_path / "run", "prodigy", steps=60, schedule={"name": "linear"})
+    run(trainer, until=59)
     logged = [row["learning_rate_first"] for row in rows(tmp_path / "run")]
     assert logged[0] == 1e-6, "d0, and the guards against weights that learn nothing let it pass"
     found = trainer._engine.optimizer.param_groups[0]["d"]
-    assert logged[-1] == pytest.approx(found * (1 - 28 / 30), rel=0.2)
-    assert logged[-1] > 100 * logged[0]
+    assert logged[-1] == pytest.approx(found * (1 - 58 / 60), rel=0.2)
+    assert max(logged) > 100 * logged[0]
 
 
 @pytest.mark.parametrize("name", ["schedulefree", MODES])

@@ -41,12 +41,10 @@ class MuonWithAdamW(Optimizer):
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"train.optimizer.name: muon needs torch 2.9 or later, this is {torch.__version__}")
-        shared = {"lr": lr, "weight_decay": weight_decay}
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(params, shared)
         makers = {
-            "matrices": lambda groups: torch.optim.Muon(
-                groups, **shared, **matrices, adjust_lr_fn="match_rms_adamw"
-            ),
+            "matrices": lambda groups: torch.optim.Muon(groups, **shared, **matrices, adjust_lr_fn="match_rms_adamw"),
             "others": lambda groups: torch.optim.AdamW(groups, **shared, **others),
         }
         self._parts = {kind: makers[kind](groups) for kind in KINDS if (groups := self._of(kind))}

@@ -15,16 +15,16 @@ KEY = "train.optimizer"
 OURS = ("self", "params", "lr")  # given by the trainer
 
 
-def find(path: str) -> type[Optimizer]:
-    """The class at ``path``, for example ``torch.optim.RAdam``.
+def find(path: str, options: Mapping[str, Any]) -> type[Optimizer]:
+    """The class at ``path``, for example ``torch.optim.RAdam``, which takes ``options``.
 
     Raises:
-        UserError: there is none, or it is no optimizer that steps without a closure.
+        UserError: there is none, it is no optimizer that steps without a closure, or an option is no argument of it.
     """
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # what a package does while it is imported is its own affair
         raise UserError(f"{KEY}.name: {module_name} cannot be imported ({error}); is its package installed?") from None
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
@@ -34,35 +34,33 @@ def find(path: str) -> type[Optimizer]:
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UserError(f"{KEY}.name: {path} computes the loss several times in a step, which the trainer does not do")
+    known = [name for name in inspect.signature(found).parameters if name not in OURS]
+    for key in options:
+        if not takes(found, key):
+            raise UserError(f"{KEY}.options.{key} is no argument{nearest(key, known)}; the class is {_shown(found)}")
     return found
 
 
 def takes(found: type[Optimizer], argument: str) -> bool:
     """Whether ``found`` has ``argument``, or takes any."""
     named = inspect.signature(found).parameters
-    return argument in named or _takes_any(found)
+    return argument in named or any(one.kind is one.VAR_KEYWORD for one in named.values())
 
 
 def make(found: type[Optimizer], groups: list[dict[str, Any]], lr: float, options: Mapping[str, Any]) -> Optimizer:
     """``found(groups, lr=lr, **options)``.
 
     Raises:
-        UserError: an option is no argument of ``found``, or ``found`` refuses its value; with the signature.
+        UserError: ``found`` refuses the value of an option.
     """
-    signature = inspect.signature(found)
-    known = [name for name in signature.parameters if name not in OURS]
-    shown = f"{found.__name__}{signature.replace(return_annotation=signature.empty)}"
-    for key in options:
-        if key not in known and not _takes_any(found):
-            raise UserError(f"{KEY}.options.{key} is no argument{nearest(key, known)}; the class is {shown}")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     if takes(found, "lr"):
         given["lr"] = lr
     try:
         return found(groups, **given)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{KEY}.options: {found.__name__} refuses them: {error}; the class is {shown}") from None
+        raise UserError(f"{KEY}.options: {found.__name__} refuses them: {error}; the class is {_shown(found)}") from None
 
 
-def _takes_any(found: type[Optimizer]) -> bool:
-    return any(one.kind is one.VAR_KEYWORD for one in inspect.signature(found).parameters.values())
+def _shown(found: type[Optimizer]) -> str:
+    return f"{found.__name__}{inspect.signature(found).replace(return_annotation=inspect.Signature.empty)}"

@@ -36,7 +36,7 @@ class Prodigy(Optimizer):
         d0: where d begins.
         d_coef: multiplies what is estimated.
         growth_rate: how many times larger d may become in a step.
-        bias_correction: γ times √(1 - β2^t) / (1 - β1^t).
+        bias_correction: γ times √(1 - β2^t) / (1 - β1^t), as Adam has it; False is the paper's.
         safeguard_warmup: leave γ out of s.
     """
 
@@ -51,7 +51,7 @@ class Prodigy(Optimizer):
         d0: float = 1e-6,
         d_coef: float = 1.0,
         growth_rate: float | None = None,
-        bias_correction: bool = False,
+        bias_correction: bool = True,
         safeguard_warmup: bool = False,
     ) -> None:
         beta3 = math.sqrt(betas[1]) if beta3 is None else beta3
