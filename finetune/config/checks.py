@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.config import buckets, optimizer, pivotal, schedule, wording
+from finetune.config import buckets, optimizer_checks, pivotal, schedule, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -238,7 +238,7 @@ def _hypernetwork(adapter: HypernetworkConfig) -> Iterator[Contradiction]:
 
 def _train(recipe: Recipe) -> Iterator[Contradiction]:
     train = recipe.train
-    for found in (*schedule.contradictions(recipe), *optimizer.contradictions(recipe)):
+    for found in (*schedule.contradictions(recipe), *optimizer_checks.contradictions(recipe)):
         yield Contradiction(*found)
     if train.device == "cpu" and train.mixed_precision == "fp16":
         yield Contradiction(("train", "mixed_precision"), "must be no or bf16 on the CPU, which cannot train in fp16")

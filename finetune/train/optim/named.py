@@ -59,7 +59,8 @@ def make(found: type[Optimizer], groups: list[dict[str, Any]], lr: float, option
     try:
         return found(groups, **given)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{KEY}.options: {found.__name__} refuses them: {error}; the class is {_shown(found)}") from None
+        said = f"{found.__name__} refuses them: {error}"
+        raise UserError(f"{KEY}.options: {said}; the class is {_shown(found)}") from None
 
 
 def _shown(found: type[Optimizer]) -> str:
