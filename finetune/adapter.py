@@ -20,6 +20,7 @@ class ParameterGroup:
         learning_rate: replaces the run's, where it is set.
         factor: what either is multiplied by.
         decays: whether weight decay acts on them.
+        tables: names of parameters whose rows are looked up one by one, such as words: no matrices that map something.
         patience: how many updates may pass until each has had a gradient that is not zero. A LoRA's A needs two, since
             its B begins at zero; a word is not in every batch.
     """
@@ -29,6 +30,7 @@ class ParameterGroup:
     learning_rate: float | None = None
     factor: float = 1.0
     decays: bool = True
+    tables: frozenset[str] = frozenset()
     patience: int = 2
 
 

@@ -102,7 +102,7 @@ class Embedding(Adapter):
     def groups(self) -> list[ParameterGroup]:
         """One, with the new rows of each text encoder."""
         rows = {f"{network}.{self._names[network]}.new": table.new for network, table in self.tables.items()}
-        return [ParameterGroup(GROUP, rows, patience=PATIENCE)]
+        return [ParameterGroup(GROUP, rows, tables=frozenset(rows), patience=PATIENCE)]
 
     def networks(self) -> frozenset[str]:
         """The text encoders."""

@@ -68,9 +68,14 @@ class Full(Adapter):
             groups.setdefault(name.split(".")[0], {})[name] = parameter
         rate = self.config.text_encoder_learning_rate
         return [
-            ParameterGroup(network, parameters, None if network == "denoiser" else rate)
+            ParameterGroup(network, parameters, None if network == "denoiser" else rate, tables=self._tables(network))
             for network, parameters in groups.items()
         ]
+
+    def _tables(self, network: str) -> frozenset[str]:
+        """Weights of embeddings, of words and of their places."""
+        modules = self.family.networks[network].named_modules()
+        return frozenset(f"{network}.{name}.weight" for name, module in modules if isinstance(module, nn.Embedding))
 
     def networks(self) -> frozenset[str]:
         """The networks that hold trained parameters."""

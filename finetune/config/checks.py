@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.config import buckets, objective, origin, pivotal, wording
+from finetune.config import buckets, objective, optimizer_checks, origin, pivotal, schedule, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -19,7 +19,6 @@ from finetune.config.adapters import (
     new_words,
 )
 from finetune.config.schema import DataConfig, ImagesPrior, NoPrior, Recipe, TrainConfig
-from finetune.errors import UserError
 
 ADAPTERS = {  # recipe -> the kinds of adapter that it trains
     "dreambooth": ("lora", "lokr", "loha", "oft", "full", "embedding", "hypernetwork", "pivotal"),
@@ -241,28 +240,10 @@ def _hypernetwork(adapter: HypernetworkConfig) -> Iterator[Contradiction]:
         )
 
 
-def _schedule(recipe: Recipe) -> Iterator[Contradiction]:
-    schedule, at = recipe.train.schedule, ("train", "schedule")
-    if schedule.rates is None:
-        return
-    try:
-        schedule.pairs  # noqa: B018
-    except UserError as error:
-        yield Contradiction((*at, "rates"), str(error))
-    if schedule.name != "constant":
-        yield Contradiction((*at, "name"), f"must be constant where rates say every step's rate, not {schedule.name!r}")
-    if schedule.warmup_steps:
-        yield Contradiction((*at, "warmup_steps"), "must be 0 where rates say every step's rate")
-
-
 def _train(recipe: Recipe) -> Iterator[Contradiction]:
     train = recipe.train
-    yield from _schedule(recipe)
-    if train.schedule.warmup_steps > train.steps:
-        yield Contradiction(
-            ("train", "schedule", "warmup_steps"),
-            f"must be at most train.steps, which is {train.steps}, not {train.schedule.warmup_steps}",
-        )
+    for found in (*schedule.contradictions(recipe), *optimizer_checks.contradictions(recipe)):
+        yield Contradiction(*found)
     if train.device == "cpu" and train.mixed_precision == "fp16":
         yield Contradiction(("train", "mixed_precision"), "must be no or bf16 on the CPU, which cannot train in fp16")
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import Tag
 from pydantic.fields import FieldInfo
 
 from finetune.config.schema import Recipe
 from finetune.config.section import Section
+
+_NOUN = re.compile(r"^an? (.*?)(integer|number)")  # of "a positive integer", "a number from 0 to below 1"
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,21 @@ def owners(key: str) -> list[Listed]:
 
 
 def kinds(annotation: Any) -> dict[str, type[Section]]:
-    """The sections that may stand where ``annotation`` does, by their `kind`; empty where there is one or none."""
+    """The sections that may stand where ``annotation`` does, by what chooses them; empty where there is one or none."""
     return {kind: option for option in options(annotation) if is_section(option) and (kind := kind_of(option))}
 
 
 def kind_of(section: type[Section]) -> str | None:
-    """What a section says of itself under `kind`."""
-    field = section.model_fields.get("kind")
-    return str(get_args(field.annotation)[0]) if field is not None else None
+    """What a section says of itself under the key that chooses it, an example where that may be many things."""
+    field = section.model_fields.get(section.chosen_by)
+    if field is None:
+        return None
+    return str((*get_args(field.annotation), *(field.examples or []))[0])
+
+
+def chosen_by(annotation: Any) -> str:
+    """The key by which one of ``kinds`` is chosen."""
+    return next(iter(kinds(annotation).values())).chosen_by
 
 
 def is_section(annotation: Any) -> bool:
@@ -66,7 +77,7 @@ def options(annotation: Any) -> list[Any]:
     """The members of a union without None; the annotation itself where it is no union."""
     annotation, metadata = _bare(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
-        return [option for option in get_args(annotation) if option is not types.NoneType]
+        return [_untagged(option) for option in get_args(annotation) if option is not types.NoneType]
     return [Annotated[annotation, *metadata] if metadata else annotation]
 
 
@@ -92,7 +103,7 @@ def wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     choices = options(bare)
     if len(choices) > 1 or choices[0] is not bare:
         if named := kinds(bare):
-            return f"a section with `kind` ({', '.join(named)})"
+            return f"a section with `{chosen_by(bare)}` ({', '.join(named)})"
         return " or ".join(wanted(choice, metadata) for choice in choices)
     if get_origin(bare) is Literal:
         names = ", ".join(map(str, get_args(bare)))
@@ -127,6 +138,12 @@ def _bare(annotation: Any) -> tuple[Any, list[Any]]:
     return bare, flat
 
 
+def _untagged(option: Any) -> Any:
+    """A member of a union without the name that pydantic finds it under."""
+    bare, metadata = _bare(option)
+    return bare if any(isinstance(part, Tag) for part in metadata) else option
+
+
 def _limits(metadata: Sequence[Any]) -> dict[type, Any]:
     names = {Gt: "gt", Ge: "ge", Lt: "lt", Le: "le", MinLen: "min_length"}
     return {type(limit): getattr(limit, names[type(limit)]) for limit in metadata if type(limit) in names}
@@ -148,4 +165,4 @@ def _plural(annotation: Any) -> str:
     bare, _ = _bare(annotation)
     if get_origin(bare) is Literal:
         return f"any of {', '.join(map(str, get_args(bare)))}"
-    return "texts" if bare is str else "sections" if is_section(bare) else f"{wanted(annotation)}s"
+    return "texts" if bare is str else "sections" if is_section(bare) else _NOUN.sub(r"\1\2s", wanted(annotation))

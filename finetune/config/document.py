@@ -191,12 +191,12 @@ class _Builder:
 def overlay(base: Located, patch: Located, problems: list[Problem], path: str = "") -> Located:
     """``base`` with what ``patch`` says instead: mappings merge deep, everything else is replaced.
 
-    A mapping that names another `kind` replaces, for the old kind's keys mean nothing to it. A mapping whose keys are
-    all numbers changes a list's entries, which is how overrides reach them.
+    A mapping that names another `kind`, or another optimizer, replaces, for the old one's keys mean nothing to it. A
+    mapping whose keys are all numbers changes a list's entries, which is how overrides reach them.
     """
     if isinstance(base.value, list) and _is_indexed(patch):
         return replace(base, value=_entries(base.value, patch.value, problems, path))
-    if not (isinstance(base.value, dict) and isinstance(patch.value, dict)) or _another_kind(base, patch):
+    if not (isinstance(base.value, dict) and isinstance(patch.value, dict)) or _another_kind(base, patch, path):
         return patch
     merged = dict(base.value)
     for key, below in patch.value.items():
@@ -209,8 +209,9 @@ def _is_indexed(patch: Located) -> bool:
     return bool(keys) and all(key.isdecimal() and len(key) < 6 for key in keys)
 
 
-def _another_kind(base: Located, patch: Located) -> bool:
-    kinds = [mapping.value["kind"].value for mapping in (base, patch) if "kind" in mapping.value]
+def _another_kind(base: Located, patch: Located, path: str) -> bool:
+    key = "name" if path == "train.optimizer." else "kind"
+    kinds = [mapping.value[key].value for mapping in (base, patch) if key in mapping.value]
     return len(kinds) == 2 and all(isinstance(kind, str) for kind in kinds) and kinds[0] != kinds[1]
 
 

@@ -10,7 +10,19 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from finetune.config.describe import Listed, element, entry, is_section, kinds, options, owners, wanted, wanted_of
+from finetune.config.describe import (
+    Listed,
+    chosen_by,
+    element,
+    entry,
+    is_section,
+    kind_of,
+    kinds,
+    options,
+    owners,
+    wanted,
+    wanted_of,
+)
 from finetune.config.document import Located, Place, Problem
 from finetune.config.schema import Recipe
 from finetune.config.section import Section
@@ -52,6 +64,8 @@ ALSO_CALLED = {
     "loss_type": "objective.loss.kind",
     "lr": "train.learning_rate",
     "lr_scheduler": "train.schedule.name",
+    "lr_scheduler_num_cycles": "train.schedule.cycles",
+    "lr_scheduler_power": "train.schedule.power",
     "lr_warmup_steps": "train.schedule.warmup_steps",
     "max_timestep": "objective.timesteps.max",
     "max_train_steps": "train.steps",
@@ -66,6 +80,8 @@ ALSO_CALLED = {
     "noise_offset": "objective.noise.offset",
     "num_class_images": "prior.count",
     "num_repeats": "data.concepts.0.repeats",
+    "optimizer_args": "train.optimizer.options",
+    "optimizer_type": "train.optimizer.name",
     "output_dir": "output",
     "prediction_type": "objective.prediction",
     "pretrained_model_name_or_path": "model.path",
@@ -84,6 +100,8 @@ ALSO_CALLED = {
     "warmup": "train.schedule.warmup_steps",
     "weighting_scheme": "objective.weighting",
 }
+
+FEW = 10  # keys that a message can list beside what it says
 
 
 @dataclass(frozen=True)
@@ -133,8 +151,9 @@ def _problem(kind: str, spot: _Spot, tree: Located) -> Problem:
         text = f"{name} is not a key{_hint(spot, tree)}"
     elif kind.startswith("union_tag") and isinstance(value, dict):
         choices = spot.wanted.partition("(")[2].rstrip(")")
-        said = value.get("kind")
-        name, spot = f"{name}.kind", _Spot((*spot.path, "kind"), spot.section, spot.wanted)
+        key = chosen_by(spot.section.model_fields[str(spot.path[-1])].annotation)
+        said = value.get(key)
+        name, spot = f"{name}.{key}", _Spot((*spot.path, key), spot.section, spot.wanted)
         if said is None:
             text = f"{name} is missing; one of {choices}"
         else:
@@ -212,12 +231,14 @@ def _hint(spot: _Spot, tree: Located) -> str:
     key, above = str(spot.path[-1]), dotted([part for part in spot.path[:-1] if isinstance(part, str)])
     own = list(spot.section.model_fields)
     here = [repr(listed.kind) for listed in owners(key) if listed.path == above]  # the same section of another kind
+    by = spot.section.chosen_by
     others = [listed for listed in owners(key) if listed.path != above]
     if here:
-        kind = shown(_value(tree, (*spot.path[:-1], "kind")))
-        homes = [f"kind {one}" for one in here]
+        kind = shown(_value(tree, (*spot.path[:-1], by)) or kind_of(spot.section))
+        homes = [f"{by} {one}" for one in here]
         homes += [f"to {_called(listed)}" for listed in others if not listed.path.startswith(f"{above}.")]
-        return f" of kind {kind}; `{key}` belongs to {' or '.join(dict.fromkeys(homes))}"
+        few = f"; {kind} has {', '.join(sorted(set(own) - {by}))}" if len(own) <= FEW else ""
+        return f" of {by} {kind}; `{key}` belongs to {' or '.join(dict.fromkeys(homes))}{few}"
     if others:
         return f"; `{key}` belongs to {' or '.join(dict.fromkeys(map(_called, others)))}"
     if close := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
@@ -232,7 +253,7 @@ def _hint(spot: _Spot, tree: Located) -> str:
 def _called(listed: Listed) -> str:
     if not listed.path:
         return "the top of the recipe"
-    return f"`{listed.path}`" + (f" of kind {listed.kind!r}" if listed.kind else "")
+    return f"`{listed.path}`" + (f" of {listed.section.chosen_by} {listed.kind!r}" if listed.kind else "")
 
 
 def _first_line(field: FieldInfo) -> str:

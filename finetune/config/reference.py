@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from finetune.config.describe import Listed, is_section, kinds, options, sections, wanted_of
+from finetune.config.describe import Listed, chosen_by, is_section, kinds, options, sections, wanted_of
 from finetune.config.schema import Recipe
 
 PREAMBLE = """\
@@ -69,7 +69,7 @@ def _section(listed: Listed) -> str:
 def _title(listed: Listed) -> str:
     if not listed.path:
         return "The recipe"
-    kind = f", kind `{listed.kind}`" if listed.kind else ""
+    kind = f", {listed.section.chosen_by} `{listed.kind}`" if listed.kind else ""
     return f"`{listed.path}`{', each' if listed.repeated else ''}{kind}"
 
 
@@ -80,7 +80,10 @@ def _default(field: Any) -> str:
     if value is PydanticUndefined or value is None:
         return ""
     if any(is_section(option) for option in options(field.annotation)):
-        return f"kind `{value['kind']}`" if kinds(field.annotation) else ""
+        if not kinds(field.annotation):
+            return ""
+        key = chosen_by(field.annotation)
+        return f"{key} `{value[key]}`"
     return f"`{json.dumps(value) if not isinstance(value, str) else value}`"
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finetune.config.adapters import AdapterConfig
 from finetune.config.buckets import BucketsConfig
 from finetune.config.crop import CropConfig
 from finetune.config.objective import ObjectiveConfig
+from finetune.config.optimizer import AdamWConfig, OptimizerConfig
 from finetune.config.origin import EMBEDDED, DatasetConfig
-from finetune.config.rates import Pair, last_step, parse
+from finetune.config.rates import last_step
+from finetune.config.schedule import ScheduleConfig
 from finetune.config.section import Fraction, Probability, Section, Text
 from finetune.config.wording import FolderName, WordingConfig
 
@@ -186,43 +188,6 @@ class NoPrior(Section):
 PriorConfig = Annotated[ImagesPrior | ModelPrior | NoPrior, Field(discriminator="kind")]
 
 
-class OptimizerConfig(Section):
-    """How weights move."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """`adamw` (Loshchilov & Hutter 2019); `sgd`, whose momentum is the first of `betas`."""
-    betas: Annotated[tuple[Probability, Probability], Strict(False)] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square, for `adamw`."""
-    eps: PositiveFloat = 1e-8
-    """Added to the denominator of `adamw`."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled, times the learning rate."""
-
-
-class ScheduleConfig(Section):
-    """The learning rate as a function of the optimizer step."""
-
-    name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
-    """Its shape after the warm-up."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps in which the learning rate rises from 0; at most `train.steps`."""
-    cycles: PositiveInt = 1
-    """Of `cosine_with_restarts`."""
-    power: PositiveFloat = 1.0
-    """Of `polynomial`."""
-    final: Fraction = 0.0
-    """Where a falling schedule ends, as a share of the learning rate."""
-    rates: Text | None = None
-    """The learning rate itself, step by step, as A1111 writes it: `5e-6:12000, 1e-7:30000` is 5e-6 in the first 12000
-    steps and 1e-7 up to step 30000, where the run ends if `train.steps` did not end it before. A last rate without a
-    step, or with step -1, lasts until `train.steps`. Takes the place of `train.learning_rate`."""
-
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """What ``rates`` says; empty where it is not set."""
-        return parse(self.rates) if self.rates is not None else ()
-
-
 class EmaConfig(Section):
     """A moving average of the trained weights; it is what is exported."""
 
@@ -242,8 +207,8 @@ class TrainConfig(Section):
     gradient_accumulation_steps: PositiveInt = 1
     """Forward passes per optimizer step."""
     learning_rate: PositiveFloat = 1e-4
-    """The highest that the schedule reaches."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    """The highest that the schedule reaches. With `prodigy` it multiplies a rate that is found, and is 1 by default."""
+    optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm where they are longer."""
@@ -258,6 +223,14 @@ class TrainConfig(Section):
     """`auto` takes the accelerator that launched processes are given, else the CPU."""
     threads: PositiveInt | None = None
     """CPU threads of each process; the cores divided among the processes of this machine where it is not set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_prodigy(cls, keys: Any) -> Any:
+        """The default of a rate that is only a factor."""
+        optimizer = keys.get("optimizer") if isinstance(keys, dict) else None
+        named = optimizer.get("name") if isinstance(optimizer, dict) else getattr(optimizer, "name", None)
+        return {"learning_rate": 1.0, **keys} if named == "prodigy" else keys
 
     @property
     def total_steps(self) -> int:

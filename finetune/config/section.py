@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,9 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class Section(BaseModel):
     """A mapping of a recipe: strict, frozen, no key but those it lists."""
+
+    chosen_by: ClassVar[str] = "kind"
+    """The key that says which section is meant, where one of several may stand."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True

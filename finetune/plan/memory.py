@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from finetune.adapter import ParameterGroup
 from finetune.config.adapters import FullConfig, PivotalConfig
+from finetune.config.optimizer import ClassConfig
 from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
 from finetune.family import ModelFamily
 from finetune.plan.contents import Memory
@@ -40,7 +42,7 @@ def estimate(
     recipe: Recipe,
     family: ModelFamily,
     networks: Mapping[str, int],
-    trainable: int,
+    groups: Sequence[ParameterGroup],
     processes: int = 1,
     longest: str = "",
 ) -> Memory:
@@ -49,7 +51,7 @@ def estimate(
     Args:
         family: holds skeletons, with what will train attached.
         networks: name -> parameters of the base.
-        trainable: parameters that train.
+        groups: what trains.
         processes: more than one keep a second copy of the gradients, to send.
         longest: caption, which all are taken to be as long as.
     """
@@ -57,7 +59,12 @@ def estimate(
     held = {"denoiser"}
     held |= set(family.text_encoders) if adapter.trains_text or not cache.text else set()
     held |= set() if cache.latents else {"vae"}
-    states = {"adamw": 2, "sgd": int(train.optimizer.betas[0] > 0)}[train.optimizer.name]
+    trainable = sum(one.numel() for group in groups for one in group.parameters.values())
+    states = sum(
+        train.optimizer.state_bytes(one.shape, name in group.tables)
+        for group in groups
+        for name, one in group.parameters.items()
+    )
     pairwise = isinstance(prior, ImagesPrior) and prior.layout == "pairwise"
     passes = 2 if pairwise or isinstance(prior, ModelPrior) else 1
     batch = train.batch_size * passes
@@ -71,15 +78,16 @@ def estimate(
         "libraries": LIBRARIES,
         "weights": FLOAT * (sum(networks[name] for name in held) + added),
         "gradients": FLOAT * trainable * (2 if processes > 1 else 1),
-        f"{train.optimizer.name} states": FLOAT * trainable * states,
+        f"{train.optimizer.name} states": states,
         "moving average": FLOAT * trainable if train.ema else 0,
         "untouched copy": FLOAT * trainable if whole and isinstance(prior, ModelPrior) else 0,
         f"activations of {batch} pictures": kept,
     }
-    per = 4 * (1 + (processes > 1) + states + (train.ema is not None))
+    per = 4 * (1 + (processes > 1) + (train.ema is not None))
+    counted = "not counted" if isinstance(train.optimizer, ClassConfig) else f"{states:,} bytes"
     formula = (
         f"4 bytes x parameters of {', '.join(sorted(held))} + {per} bytes x {trainable:,} that train "
-        f"(gradient, {states} optimizer states{', average' if train.ema else ''}) "
+        f"(gradient{', average' if train.ema else ''}) + {train.optimizer.name}'s states ({counted}) "
         f"+ what autograd keeps of a forward pass of {batch} pictures"
         + (", without the block that checkpointing computes again" if train.gradient_checkpointing else "")
         + (", halved for mixed precision" if train.mixed_precision != "no" else "")

@@ -15,6 +15,7 @@ from finetune.config import Recipe, lock, read_recipe
 from finetune.distributed import Processes
 from finetune.errors import UserError
 from finetune.files import remove_partial, write_text
+from finetune.train.optimizers import require_available
 
 # What may change between a run's beginnings: how long, how it is watched, what is written at the end. The batch may be
 # divided otherwise as long as a step sees as many pictures; the trainer compares that number.
@@ -80,11 +81,14 @@ class RunFolder:
 
 
 def check_run(recipe: Recipe, processes: Processes) -> None:
-    """Refuse the output folder of another run. Writes nothing: call it before work that may still fail.
+    """Refuse the output folder of another run, and an optimizer that is not there. Writes nothing.
+
+    Call it before work that may still fail.
 
     Raises:
-        UserError: the folder holds another run, or is no folder.
+        UserError: the folder holds another run, or is no folder; or the optimizer cannot be had.
     """
+    require_available(recipe.train.optimizer)
     processes.on_main(lambda: _check(RunFolder(Path(recipe.output)), recipe))
 
 
@@ -92,7 +96,7 @@ def open_run(recipe: Recipe, processes: Processes) -> RunFolder:
     """Make or find the run's folder, clear what an interrupted writer left, and write the recipe down.
 
     Raises:
-        UserError: as ``check_run``.
+        UserError: the folder is no folder of this run.
     """
     folder = RunFolder(Path(recipe.output))
     processes.on_main(lambda: _open(folder, recipe))

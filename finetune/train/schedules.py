@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from finetune.config.rates import rate_at
-from finetune.config.schema import ScheduleConfig
+from finetune.config.schedule import ScheduleConfig
 
 
 def rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -22,15 +22,18 @@ def rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
         return rate_at(pairs, step) / max(pair.rate for pair in pairs)
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
-    progress = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))
+    if schedule.name == "constant":
+        return 1.0
+    begin = schedule.warmup_steps
+    if schedule.name == "warmup_stable_decay":
+        begin = max(begin, steps - schedule.falling_steps(steps))
+    progress = min(1.0, max(0.0, (step - begin) / max(1, steps - begin)))
     return schedule.final + (1.0 - schedule.final) * _shape(schedule, progress)
 
 
 def _shape(schedule: ScheduleConfig, progress: float) -> float:
     """From 1 at ``progress`` 0 to 0 at 1."""
-    match schedule.name:
-        case "constant":
-            return 1.0
+    match schedule.decay if schedule.name == "warmup_stable_decay" else schedule.name:
         case "linear":
             return 1.0 - progress
         case "polynomial":
@@ -40,3 +43,8 @@ def _shape(schedule: ScheduleConfig, progress: float) -> float:
         case "cosine_with_restarts":
             within = schedule.cycles * progress % 1.0 if progress < 1.0 else 1.0
             return 0.5 * (1.0 + math.cos(math.pi * within))
+        case "rex":  # Chen et al. 2022
+            return (1.0 - progress) / (1.0 - 0.5 * progress)
+        case "1-sqrt":  # Hägele et al. 2024
+            return 1.0 - math.sqrt(progress)
+    raise ValueError(f"no schedule {schedule.name!r}")

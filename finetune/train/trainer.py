@@ -21,6 +21,7 @@ from finetune.train.checkpoint import Snapshot
 from finetune.train.ema import Ema
 from finetune.train.guards import GradientWatch, NormGuard, require_finite_losses, require_one_home
 from finetune.train.log import Log, peak_memory
+from finetune.train.optimizer_state import load_state_by_name, state_by_name
 from finetune.train.run import fingerprint, open_run, versions
 from finetune.train.signals import Signals
 
@@ -89,7 +90,7 @@ class Trainer:
 
     Raises:
         GuardError: a trained parameter is not in the optimizer exactly once, or there is none.
-        UserError: the output folder holds another run.
+        UserError: the output folder holds another run, or the optimizer cannot be had.
     """
 
     def __init__(
@@ -113,6 +114,8 @@ class Trainer:
         require_one_home(networks, self._groups, optimizer)
         self._trainee = Trainee(networks, loss, adapter.penalty).train()
         self._engine = processes.engine(self._trainee, optimizer, phased=adapter.phased)
+        if train.ema and optimizers.averages(optimizer):
+            raise UserError(f"train.ema is set, but {train.optimizer.name} exports an average of its own")
         self._ema = Ema(train.ema, self._parameters) if train.ema else None
         self._watch: GradientWatch | None = None
         self._moved: frozenset[str] = frozenset()  # groups
@@ -181,8 +184,11 @@ class Trainer:
         return steps is not None and self._updated and self.step % steps == 0
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the networks hold what would be exported: the moving average, where there is one."""
-        return self._ema.swapped() if self._ema else nullcontext()
+        """Inside, the networks hold what would be exported: the average, where there is one, or the optimizer's."""
+        if self._ema:
+            return self._ema.swapped()
+        optimizer = self._engine.optimizer
+        return optimizers.evaluated(optimizer) if optimizers.averages(optimizer) else nullcontext()
 
     def finish(self) -> list[Weights]:
         """The trained weights, those of each part of the adapter for itself.
@@ -191,6 +197,8 @@ class Trainer:
         """
         if self._ema:
             self._ema.keep()
+        elif optimizers.averages(self._engine.optimizer):
+            self._engine.optimizer.eval()  # type: ignore[attr-defined]
         self._trainee.eval()
         self.processes.barrier()
         return [part.weights() for part in self.adapter.parts()]
@@ -242,6 +250,8 @@ class Trainer:
         self.adapter.end_step(optimizers.rates(self._engine.optimizer))
         self.step += 1
         self._updated = True
+        if self.step == 1:
+            state_by_name(self._engine.optimizer, self._groups)  # what no checkpoint can hold is found out now
         if self._ema:
             self._ema.update(self.step)
         seconds = time.perf_counter() - self._began
@@ -267,7 +277,7 @@ class Trainer:
             step=self.step,
             trained={name: value.detach() for name, value in self._parameters.items()},
             average=self._ema.state() if self._ema else {},
-            optimizer=optimizers.state_by_name(self._engine.optimizer, self._groups),
+            optimizer=state_by_name(self._engine.optimizer, self._groups),
             facts={
                 "recipe": fingerprint(self.recipe),
                 "world": self.processes.world,
@@ -290,7 +300,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(saved.trained[name])
-        optimizers.load_state_by_name(self._engine.optimizer, self._groups, saved.optimizer)
+        load_state_by_name(self._engine.optimizer, self._groups, saved.optimizer)
         self._engine.load_scaler_state(saved.facts["scaler"])
         if self._ema:
             self._ema.load(saved.average)

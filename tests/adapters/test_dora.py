@@ -9,7 +9,7 @@ import torch
 from injected_layers import answer, attached, base_answer, move
 from torch.nn import functional
 
-from finetune.config.schema import OptimizerConfig
+from finetune.config.optimizer import AdamWConfig
 from finetune.randomness import generator
 from finetune.train.optimizers import build_optimizer
 
@@ -59,7 +59,7 @@ def test_lengths_are_a_group_without_weight_decay(tiny_sd: Path) -> None:
     assert slow.decays and fast.decays and not lengths.decays
     assert len(lengths.parameters) == len(adapter.layers)
     assert [group.factor for group in attached(tiny_sd, **DORA)[1].groups()] == [1.0, 1.0]
-    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), adapter.groups(), 1e-3)
+    optimizer = build_optimizer(AdamWConfig(weight_decay=0.1), adapter.groups(), 1e-3)
     assert [(group["weight_decay"], group["peak"]) for group in optimizer.param_groups] == [
         (0.1, 1e-3),
         (0.1, 16e-3),

@@ -14,7 +14,8 @@ from finetune.adapters import attach
 from finetune.adapters.lora import Lora
 from finetune.batch import Conditioning
 from finetune.config.adapters import LoraConfig
-from finetune.config.schema import ModelConfig, OptimizerConfig
+from finetune.config.optimizer import AdamWConfig
+from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import load_family
 from finetune.family import ModelFamily
@@ -305,7 +306,7 @@ def test_lora_plus_is_two_groups_at_the_exact_ratio(tiny_sd: Path) -> None:
     assert len(names) == len(set(names)) and set(names) == set(adapter.parameters())
     assert all(".lora_B." in name for group in groups if "fast" in group.name for name in group.parameters)
     assert all(".lora_A." in name for group in groups if "fast" not in group.name for name in group.parameters)
-    optimizer = build_optimizer(OptimizerConfig(), groups, 1e-4)
+    optimizer = build_optimizer(AdamWConfig(), groups, 1e-4)
     for rate in (0.1, 0.77, 1.0):
         found = set_rates(optimizer, rate)
         assert found["denoiser_fast"] == 16 * found["denoiser"]

@@ -131,6 +131,17 @@ def test_memory_grows_with_what_needs_it(folder: Path) -> None:
     assert frugal.total < lora.total
 
 
+def test_memory_counts_what_each_optimizer_keeps(folder: Path) -> None:
+    adamw = plan(read()).memory.parts["adamw states"]
+    others = {name: plan(read(f"train.optimizer.name={name}")).memory for name in ("lion", "came", "schedulefree")}
+    assert others["lion"].parts["lion states"] == adamw // 2
+    assert others["schedulefree"].parts["schedulefree states"] == adamw
+    assert adamw // 2 < others["came"].parts["came states"] < adamw
+    unknown = plan(read("train.optimizer.name=torch.optim.RAdam")).memory
+    assert "torch.optim.RAdam states" not in unknown.parts
+    assert "torch.optim.RAdam's states (not counted)" in unknown.formula
+
+
 def test_files_that_will_be_there(planned: Plan, folder: Path) -> None:
     assert "adapters/pytorch_lora_weights.safetensors" in planned.output.files
     assert planned.output.state == "new"

@@ -16,6 +16,8 @@ from toy_run import ToyAdapter, ToyBatches, build, recipe
 from finetune.errors import Stopped
 from finetune.train import Trainer
 
+OTHERS = ("sgd", "lion", "adafactor", "came", "prodigy", "schedulefree", "muon", "torch.optim.RAdam")
+
 
 class Phased(ToyAdapter):
     """The first group rests from update 3 on, the last one before it; every update is written down."""
@@ -68,10 +70,14 @@ def test_a_group_that_rests_keeps_every_bit_and_the_other_moves(tmp_path: Path) 
     assert len(adapter.ended) == 6
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4])
-def test_an_interruption_in_any_phase_changes_no_bit(cut: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "cut"), [("adamw", 2), ("adamw", 3), ("adamw", 4), *((name, 4) for name in OTHERS)]
+)
+def test_an_interruption_in_any_phase_changes_no_bit(optimizer: str, cut: int, tmp_path: Path) -> None:
+    rate = 1.0 if optimizer == "prodigy" else 0.05
+
     def run(path: Path, stop: int | None) -> dict[str, dict[str, Tensor]]:
-        trainer, adapter = phased(path, steps=6, every=1)
+        trainer, adapter = phased(path, steps=6, every=1, optimizer={"name": optimizer}, learning_rate=rate)
         for batch in trainer.steps(ToyBatches(trainer.recipe, trainer.processes)):
             trainer.update(batch)
             if trainer.step == stop:

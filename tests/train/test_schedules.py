@@ -5,7 +5,8 @@ import math
 import pytest
 
 from finetune.config.rates import parse
-from finetune.config.schema import ScheduleConfig, TrainConfig
+from finetune.config.schedule import ScheduleConfig
+from finetune.config.schema import TrainConfig
 from finetune.errors import UserError
 from finetune.train.schedules import rate
 
@@ -46,7 +47,41 @@ def test_warm_up_moves_from_the_first_update_and_ends_at_one() -> None:
     assert found[11:] == sorted(found[11:], reverse=True)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_rex_falls_slowly_and_then_fast() -> None:
+    """Chen et al. 2022: (1 - p) / (1/2 + (1 - p) / 2)."""
+    expected = [(1 - step / STEPS) / (0.5 + 0.5 * (1 - step / STEPS)) for step in range(STEPS)]
+    assert rates(name="rex") == pytest.approx(expected)
+
+
+DECAYS = {
+    "linear": lambda p: 1 - p,
+    "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "1-sqrt": lambda p: 1 - math.sqrt(p),
+}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("length", [{"decay_steps": 30}, {"decay_share": 0.3}])
+def test_warm_up_stable_decay_at_its_joints(decay: str, length: dict[str, float]) -> None:
+    found = rates(name="warmup_stable_decay", warmup_steps=10, decay=decay, final=0.1, **length)
+    assert found[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert found[9:71] == [1.0] * 62, "up to and with the step in which it begins to fall"
+    assert found[71:] == pytest.approx([0.1 + 0.9 * DECAYS[decay]((step - 70) / 30) for step in range(71, 100)])
+    schedule = ScheduleConfig.model_validate({"name": "warmup_stable_decay", "decay": decay, "final": 0.1, **length})
+    assert rate(schedule, STEPS, STEPS) == pytest.approx(0.1)
+
+
+def test_the_stable_part_does_not_depend_on_the_length_of_the_run() -> None:
+    schedule = ScheduleConfig(name="warmup_stable_decay", warmup_steps=10, decay_steps=20)
+    assert [rate(schedule, step, 100) for step in range(80)] == [rate(schedule, step, 1000) for step in range(80)]
+
+
+def test_a_fall_of_no_steps_is_no_fall_and_one_of_all_begins_at_once() -> None:
+    assert rates(name="warmup_stable_decay", decay_share=0.0) == [1.0] * STEPS
+    assert rates(name="warmup_stable_decay", decay_share=1.0, decay="linear") == pytest.approx(rates(name="linear"))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "rex"])
 def test_final_is_where_it_ends(name: str) -> None:
     schedule = ScheduleConfig.model_validate({"name": name, "final": 0.1})
     assert rate(schedule, STEPS, STEPS) == pytest.approx(0.1)

@@ -42,7 +42,7 @@ def test_a_run_learns_and_writes_down_every_step(tmp_path: Path) -> None:
 
 def test_accumulation_equals_the_bigger_batch(tmp_path: Path) -> None:
     """Weights after 5 updates, plain SGD, so that nothing hides a wrong scale."""
-    plain = {"optimizer": {"name": "sgd", "betas": [0.0, 0.9], "weight_decay": 0.0}, "steps": 5, "max_grad_norm": 1e6}
+    plain = {"optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}, "steps": 5, "max_grad_norm": 1e6}
     whole = run(build(recipe(tmp_path / "1", batch_size=8, **plain), dropout=0.0)[0])
     parts = run(build(recipe(tmp_path / "4", batch_size=2, gradient_accumulation_steps=4, **plain), dropout=0.0)[0])
     for name, value in whole.items():
@@ -53,7 +53,7 @@ def test_accumulation_equals_the_bigger_batch(tmp_path: Path) -> None:
 
 def test_clipping_clips(tmp_path: Path) -> None:
     """An SGD step is then no longer than learning rate times the limit; the norm before is logged."""
-    plain = {"optimizer": {"name": "sgd", "betas": [0.0, 0.9], "weight_decay": 0.0}, "steps": 1, "learning_rate": 1.0}
+    plain = {"optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}, "steps": 1, "learning_rate": 1.0}
     moves, norms = [], []
     for limit in (1e-3, 1e6):
         trainer, _ = build(recipe(tmp_path / str(limit), max_grad_norm=limit, **plain))
@@ -68,7 +68,7 @@ def test_clipping_clips(tmp_path: Path) -> None:
 
 def test_clipping_by_value_cuts_each_number_and_leaves_the_norm_alone(tmp_path: Path) -> None:
     """METHODS §4.3: an SGD step with rate 1 is the cut gradient itself; the norm before is logged."""
-    plain = {"optimizer": {"name": "sgd", "betas": [0.0, 0.9], "weight_decay": 0.0}, "steps": 1, "learning_rate": 1.0}
+    plain = {"optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}, "steps": 1, "learning_rate": 1.0}
     moves, limit = [], 0.05
     runs = {"cut": {"max_grad_value": limit, "max_grad_norm": 1e-3}, "whole": {"max_grad_norm": 1e6}}
     for folder, limits in runs.items():
