@@ -138,12 +138,18 @@ def sample(
     prompt_chunks: Annotated[
         int | None, typer.Option(min=1, help="Times the text encoder's 77 tokens.", show_default="what the file says")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
 ) -> None:
     """Draw with an exported adapter, loaded by diffusers as anybody would."""
-    from finetune.config.schema import SamplerConfig
+    from finetune.config.memory import DTYPES
+    from finetune.config.schema import ModelConfig, SamplerConfig
+    from finetune.errors import UserError, nearest
     from finetune.export import sample as export_sample
     from finetune.files import replacing
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is not known{nearest(dtype, DTYPES)}")
 
     sampler = SamplerConfig(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale, scheduler=scheduler)
     pictures = export_sample.sample(
@@ -156,6 +162,7 @@ def sample(
         count=count,
         resolution=resolution,
         prompt_chunks=prompt_chunks,
+        held=ModelConfig(dtype=dtype),
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"

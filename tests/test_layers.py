@@ -20,7 +20,7 @@ ALLOWED = {
     "files": set(),
     "batch": set(),
     "objective": {"randomness"},
-    "family": {"batch", "objective", "objectives", "errors"},
+    "family": {"batch", "config", "objective", "objectives", "errors"},
     "adapter": set(),
     "objectives": {"objective", "config", "errors", "randomness"},
     "denoise": {"adapter", "batch", "family", "objective", "config"},

@@ -37,6 +37,8 @@ def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -
         weight = getattr(places.get(stem), "weight", None)
         if weight is None:
             raise UserError(f"the pipeline has no layer {stem}")
+        if not weight.is_floating_point() or hasattr(places[stem], "codes"):
+            raise UserError(f"the layer {stem} is quantised, so that nothing can be added to its weight")
         try:
             weight.copy_(change.changed(weight, strength))
         except GuardError as error:

@@ -60,6 +60,7 @@ def load_family(
     family.objective = refined(family.process, objective or ObjectiveConfig())
     family.sampling = family.objective.sampling
     family.device = torch.device(device)
+    family.model = config
     family.prompt_chunks = config.prompt_chunks
     return family
 

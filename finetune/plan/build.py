@@ -41,7 +41,7 @@ from finetune.families.tokens import check_trigger
 from finetune.family import ModelFamily
 from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
 from finetune.plan.memory import adaptation, estimate
-from finetune.plan.skeleton import fill, parameters
+from finetune.plan.skeleton import fill
 from finetune.train.checkpoint import newest
 from finetune.train.run import RunFolder, decisive
 
@@ -56,8 +56,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     family = load_family(recipe.model, recipe.objective)
     check_resolution(recipe, family)
     found = sources.scan(recipe.data, captioned=recipe.adapter.kind != "aesthetic", words=new_words(recipe.adapter))
-    fill(family, model_folder(recipe.model))
-    networks = {name: parameters(network) for name, network in family.networks.items()}
+    networks = fill(family, model_folder(recipe.model))
     if recipe.adapter.kind == "aesthetic":
         return _untrained(recipe, family, found, networks)
     groups = attach(recipe.adapter, family, recipe.seed).groups()

@@ -41,11 +41,18 @@ def skeleton(folder: Path, component: str) -> nn.Module:
     return bare.eval().requires_grad_(False)
 
 
-def fill(family: ModelFamily, folder: Path) -> None:
-    """Put skeletons in the place of all networks of ``family``."""
+def fill(family: ModelFamily, folder: Path) -> dict[str, int]:
+    """Put skeletons, held as ``family.model`` says, in the place of all networks; returns how many parameters each has.
+
+    What blocks are swapped is left to the estimate: a skeleton lies nowhere.
+    """
     components = {network: names.diffusers for network, names in family.export_names.items()} | {"vae": "vae"}
+    counts = {}
     for network, component in components.items():
-        family.networks[network] = skeleton(folder, component)
+        bare = skeleton(folder, component)
+        counts[network] = parameters(bare)
+        family.networks[network] = family.hold(network, bare.to(getattr(torch, family.model.dtype_of(network))))
+    return counts
 
 
 def parameters(module: nn.Module) -> int:
