@@ -59,8 +59,8 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     networks = fill(family, model_folder(recipe.model))
     if recipe.adapter.kind == "aesthetic":
         return _untrained(recipe, family, found, networks)
-    groups = attach(recipe.adapter, family, recipe.seed).groups()
-    trainable = {group.name: sum(parameter.numel() for parameter in group.parameters.values()) for group in groups}
+    adapter = attach(recipe.adapter, family, recipe.seed)
+    trainable = {group.name: sum(one.numel() for one in group.parameters.values()) for group in adapter.groups()}
     latents = Latents(family, recipe.data)
     prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
     classes = foreseen(recipe, found)
@@ -79,7 +79,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
-        memory=estimate(recipe, family, networks, groups, processes, longest),
+        memory=estimate(recipe, family, adapter, processes, longest),
         output=_output(recipe),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
     )

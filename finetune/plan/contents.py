@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finetune.data.entries import Shape
 
@@ -76,15 +76,29 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """An estimate for one process while it trains, in bytes, part by part with what it was counted from."""
+    """An estimate for one process, in bytes.
+
+    Attributes:
+        parts: of a step.
+        formula: what they were counted from.
+        host: of blocks that lie in the host's memory while a GPU trains. On a CPU they come on top.
+        phases: before and after the steps, when other networks are in memory -> the most that is held.
+    """
 
     parts: dict[str, int]
     formula: str
+    host: int = 0
+    phases: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Of a step."""
         return sum(self.parts.values())
+
+    @property
+    def most(self) -> int:
+        """Of the phase that holds the most."""
+        return max(self.total, *self.phases.values(), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
