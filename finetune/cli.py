@@ -115,7 +115,7 @@ def plan(
     resolved = read_recipe(recipe, overrides or [])  # before anything slow is imported
     from finetune import plan as plans
 
-    found = plans.plan(resolved, processes)
+    found = plans.plan(resolved, processes, profiles=True)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:

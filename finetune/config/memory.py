@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
@@ -62,6 +63,7 @@ def trains_base(recipe: Recipe) -> bool:
 def contradictions(recipe: Recipe) -> Iterator[Found]:
     """Everything about memory that cannot be meant."""
     model, train, adapter = recipe.model, recipe.train, recipe.adapter
+    yield from _patterns(recipe)
     moved = [key for key in ("quantize", "block_swap") if getattr(model, key)]
     for key in moved:
         if trains_base(recipe):
@@ -80,12 +82,22 @@ def contradictions(recipe: Recipe) -> Iterator[Found]:
                 f"{train.mixed_precision}" + (": gradients need its loss scale" if model.dtype == "float16" else ""),
             )
     if isinstance(adapter, AestheticConfig):
+        if recipe.profile:
+            yield ("profile",), "has no part in an aesthetic embedding, which trains no weights"
         for key in ("dtype", "quantize", "block_swap"):
             if getattr(model, key) != type(model).model_fields[key].get_default():
                 yield ("model", key), "has no part in an aesthetic embedding, whose text encoder follows each prompt"
     elif model.block_swap and not train.gradient_checkpointing:
         text = "needs train.gradient_checkpointing: without it autograd holds on to the weights of every block"
         yield ("model", "block_swap"), text
+
+
+def _patterns(recipe: Recipe) -> Iterator[Found]:
+    for index, pattern in enumerate(recipe.model.quantize.skip if recipe.model.quantize else []):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield ("model", "quantize", "skip", index), f"must be a regular expression, not {pattern!r}: {error}"
 
 
 _FITTING = {"bfloat16": ("no", "bf16"), "float16": ("fp16",)}

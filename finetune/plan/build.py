@@ -22,6 +22,7 @@ from finetune.config.adapters import (
     new_words,
 )
 from finetune.config.objective import SnrWeighting
+from finetune.config.profiles import filled
 from finetune.config.schema import ImagesPrior, ModelPrior
 from finetune.config.summary import summary
 from finetune.data import sources
@@ -41,13 +42,17 @@ from finetune.families.tokens import check_trigger
 from finetune.family import ModelFamily
 from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
 from finetune.plan.memory import adaptation, estimate
+from finetune.plan.profiles import fits
 from finetune.plan.skeleton import fill
 from finetune.train.checkpoint import newest
 from finetune.train.run import RunFolder, decisive
 
 
-def plan(recipe: Recipe, processes: int = 1) -> Plan:
+def plan(recipe: Recipe, processes: int = 1, profiles: bool = False) -> Plan:
     """What ``recipe`` would do on ``processes`` processes.
+
+    Args:
+        profiles: say also what it would need with each profile, which takes as long for each.
 
     Raises:
         UserError: everything that is wrong with the pictures, or doubtful of them with ``data.strict``, or a model,
@@ -68,6 +73,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     sources.refuse_doubts(recipe.data, batches.doubts)
     class_images = tuple(_class_images(recipe, family, found))
     longest = max(batches.final_captions, key=lambda text: family.prompt_length(text, batches.words))
+    memory = estimate(recipe, family, adapter, processes, longest)
     return Plan(
         summary=summary(recipe),
         model=recipe.model.path,
@@ -79,9 +85,11 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
-        memory=estimate(recipe, family, adapter, processes, longest),
+        memory=memory,
         output=_output(recipe),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
+        profile=filled(recipe),
+        fits=tuple(fits(recipe, memory, processes, longest)) if profiles else (),
     )
 
 

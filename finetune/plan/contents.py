@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from finetune.data.entries import Shape
 
@@ -102,6 +103,15 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a run would need with a profile, and what a GPU of that profile has room for, in bytes."""
+
+    profile: str
+    bytes: int
+    room: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """Where files will go.
 
@@ -125,6 +135,8 @@ class Plan:
         trainable: parameter group -> parameters; none where nothing is trained.
         shapes: in which pictures of concepts are cut, narrow ones first; none where pictures are not cut.
         arithmetic: None where no steps are taken.
+        profile: what the recipe's profile has set.
+        fits: with each profile; none where they were not asked for.
         notes: what a person should know.
     """
 
@@ -141,3 +153,5 @@ class Plan:
     memory: Memory
     output: Output
     notes: tuple[str, ...]
+    profile: dict[str, Any] = field(default_factory=dict)
+    fits: tuple[Fit, ...] = ()
