@@ -102,6 +102,7 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="That the run will be launched on.")] = 1,
+    profiles: Annotated[bool, typer.Option(help="Say what each memory profile would need.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe would do: pictures, steps, class images, memory, files. Loads no weights."""
@@ -115,7 +116,7 @@ def plan(
     resolved = read_recipe(recipe, overrides or [])  # before anything slow is imported
     from finetune import plan as plans
 
-    found = plans.plan(resolved, processes, profiles=True)
+    found = plans.plan(resolved, processes, profiles)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:

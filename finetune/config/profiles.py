@@ -45,12 +45,12 @@ def filled(recipe: Recipe) -> dict[str, Any]:
         f"{section}.{key}": value
         for section, keys in settings.items()
         for key, value in keys.items()
-        if getattr(getattr(recipe, section), key) == getattr(_read(section, settings), key)
+        if getattr(getattr(recipe, section), key) == getattr(SECTIONS[section].model_validate(keys), key)
     }
 
 
 def with_profile(recipe: Recipe, name: str | None) -> Recipe:
-    """``recipe`` as it would be with another profile, or none. Keys at their defaults count as unset."""
+    """``recipe`` as it would be with another profile, or none."""
     changed = {
         section: getattr(recipe, section).model_copy(update=dict(_changes(recipe, name, section)))
         for section in SECTIONS
@@ -64,11 +64,12 @@ def capacity(name: str) -> int:
 
 
 def _changes(recipe: Recipe, name: str | None, section: str) -> Iterator[tuple[str, Any]]:
-    before, after = _settings(recipe, recipe.profile), _settings(recipe, name)
-    old, new, default = _read(section, before), _read(section, after), SECTIONS[section]()
-    own = getattr(recipe, section)
-    for key in before.get(section, {}).keys() | after.get(section, {}).keys():
-        if getattr(own, key) in (getattr(default, key), getattr(old, key)):
+    before, after = (_settings(recipe, profile).get(section, {}) for profile in (recipe.profile, name))
+    kind, own = SECTIONS[section], getattr(recipe, section)
+    old, new = kind.model_validate(before), kind.model_validate(after)
+    for key in before.keys() | after.keys():
+        unset = key not in own.model_fields_set
+        if unset or (key in before and getattr(own, key) == getattr(old, key)):
             yield key, getattr(new, key)
 
 
@@ -76,15 +77,7 @@ def _settings(recipe: Recipe, name: str | None) -> Settings:
     return profiles()[name]["trained" if trains_base(recipe) else "frozen"] if name else {}
 
 
-def _read(section: str, settings: Settings) -> ModelConfig | TrainConfig:
-    return SECTIONS[section].model_validate(settings.get(section, {}))
-
-
 def _way(adapter: Any) -> str:
     """As ``trains_base``, of a recipe that has not been checked."""
-    kinds = (
-        [part.get("kind") for part in (adapter, adapter.get("weights")) if isinstance(part, dict)]
-        if isinstance(adapter, dict)
-        else []
-    )
-    return "trained" if "full" in kinds else "frozen"
+    parts = [adapter, adapter.get("weights")] if isinstance(adapter, dict) else []
+    return "trained" if any(isinstance(part, dict) and part.get("kind") == "full" for part in parts) else "frozen"

@@ -47,7 +47,8 @@ def fill(family: ModelFamily, folder: Path) -> dict[str, int]:
     for network, component in components.items():
         bare = skeleton(folder, component)
         counts[network] = parameters(bare)
-        family.networks[network] = family.hold(network, bare.to(getattr(torch, family.model.dtype_of(network))))
+        nn.Module.to(bare, getattr(torch, family.model.dtype_of(network)))  # diffusers' own warns of what it keeps
+        family.networks[network] = family.hold(network, bare)
     return counts
 
 

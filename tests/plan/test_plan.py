@@ -116,6 +116,46 @@ def test_memory_counts_what_each_optimizer_keeps(folder: Path) -> None:
     assert "torch.optim.RAdam's states (not counted)" in unknown.formula
 
 
+def test_memory_counts_how_the_base_is_held(folder: Path) -> None:
+    plain = plan(read()).memory
+    halves = plan(read("model.dtype=bfloat16")).memory
+    packed = plan(read("model.quantize={kind: nf4}")).memory
+    assert halves.parts["weights"] < 0.6 * plain.parts["weights"]
+    assert halves.parts["weights"] < packed.parts["weights"] < plain.parts["weights"]  # convolutions are not packed
+    frugal = "train.gradient_checkpointing=true"
+    swapped = plan(read("model.block_swap=2", frugal)).memory
+    assert swapped.host + swapped.parts["weights"] == plain.parts["weights"]
+    assert 0 < swapped.parts["blocks on their way"] <= swapped.host
+
+
+def test_memory_counts_what_pissa_sets_aside(folder: Path) -> None:
+    plain, pissa = (plan(read(f"adapter.init={init}")).memory for init in ("kaiming", "pissa"))
+    family = load_family(ModelConfig(path=read().model.path))
+    adapter = attach(LoraConfig(kind="lora", rank=4, init="pissa"), family, 0)
+    assert pissa.total - plain.total == pissa.parts["set aside by the adapter"] == adapter.set_aside() > 0
+
+
+def test_all_networks_are_in_memory_while_pictures_are_drawn(folder: Path) -> None:
+    drawn, quiet = (plan(read("prior={kind: none}", f"report.enabled={on}")).memory for on in ("true", "false"))
+    assert drawn.phases["drawing"] > drawn.phases["encoding"]
+    assert set(quiet.phases) == {"encoding"}
+    assert drawn.most >= drawn.phases["drawing"]
+
+
+def test_a_plan_says_what_a_profile_set_and_which_would_do(folder: Path) -> None:
+    found = plan(read("profile=12gb", "model.vae_tiling=false"), profiles=True)
+    assert found.profile["train.gradient_checkpointing"] is True
+    assert "model.vae_tiling" not in found.profile
+    assert [fit.profile for fit in found.fits] == ["8gb", "12gb", "16gb", "24gb", "80gb"]
+    needed = [fit.bytes for fit in found.fits]
+    assert needed == sorted(needed)
+    assert needed[1] == found.memory.most
+    page = io.StringIO()
+    render(found, Console(file=page, width=400))
+    assert "16gb: about" in page.getvalue()
+    assert 'train.mixed_precision: "bf16"' in page.getvalue()
+
+
 def test_files_that_will_be_there(planned: Plan, folder: Path) -> None:
     assert "adapters/pytorch_lora_weights.safetensors" in planned.output.files
     assert planned.output.state == "new"
