@@ -32,6 +32,7 @@ class LogitNormalConfig(Section):
     mean: float = 0.0
     """Positive for more noise; the opposite sign of diffusers' `logit_mean`."""
     std: PositiveFloat = 1.0
+    """How far times spread: below 1 nearer to the middle."""
 
 
 class ModeConfig(Section):
@@ -39,6 +40,7 @@ class ModeConfig(Section):
 
     kind: Literal["mode"]
     scale: Annotated[float, Field(ge=-1.0, le=1.75)] = 1.29
+    """How much they do."""
 
 
 class StaticShiftConfig(Section):
@@ -46,6 +48,7 @@ class StaticShiftConfig(Section):
 
     kind: Literal["static"]
     factor: PositiveFloat = 3.0
+    """Above 1 for more noise."""
 
 
 class DynamicShiftConfig(Section):
@@ -57,7 +60,9 @@ class DynamicShiftConfig(Section):
     max_shift: float = 1.15
     """mu at `max_image_seq_len`."""
     base_image_seq_len: PositiveInt = 256
+    """Image tokens of a small picture."""
     max_image_seq_len: PositiveInt = 4096
+    """Image tokens of a large one."""
 
 
 class ModelShiftConfig(Section):
@@ -134,6 +139,7 @@ class MinSnrWeighting(SnrWeighting):
 
     kind: Literal["min_snr"]
     gamma: PositiveFloat = 5.0
+    """The most that a time counts."""
 
 
 class SoftMinSnrWeighting(SnrWeighting):
@@ -141,6 +147,7 @@ class SoftMinSnrWeighting(SnrWeighting):
 
     kind: Literal["soft_min_snr"]
     gamma: PositiveFloat = 5.0
+    """What clear times approach."""
 
 
 class DebiasedWeighting(SnrWeighting):
@@ -154,7 +161,9 @@ class P2Weighting(SnrWeighting):
 
     kind: Literal["p2"]
     gamma: NonNegativeFloat = 1.0
+    """How steeply clear times count less; 0 is no weighting."""
     k: PositiveFloat = 1.0
+    """The SNR from which on they do."""
 
 
 class SigmaWeighting(Section):
