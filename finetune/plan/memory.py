@@ -137,13 +137,11 @@ def _step(recipe: Recipe, family: ModelFamily, longest: str) -> tuple[int, int]:
 
 def _encoding(recipe: Recipe, family: ModelFamily, longest: str) -> int:
     """The most that the networks hold which encode captions, and then pictures, one at a time."""
-    vae: Any = family.networks["vae"]
+    vae, side = family.networks["vae"], _side(recipe)
     texts = [family.networks[name] for name in family.text_encoders]
-    side = _side(recipe)
-    pixels = (1, 3, side, side)
     return max(
         sum(map(_bytes, texts)) + inference_bytes(family.networks, lambda: family.encode_prompt([longest])),
-        _bytes(vae) + inference_bytes(vae, lambda: vae.encode(torch.empty(pixels, dtype=vae.dtype))),
+        _bytes(vae) + inference_bytes(vae, lambda: family.encode_image(torch.empty(1, 3, side, side))),
     )
 
 
@@ -155,11 +153,29 @@ def _drawing(recipe: Recipe, family: ModelFamily) -> int:
     side, pictures = recipe.data.resolution, 1
     if isinstance(recipe.prior, ImagesPrior) and recipe.prior.folder is None:
         pictures = recipe.prior.batch_size
-    cells = (pictures, family.latent_channels, side // family.latent_scale, side // family.latent_scale)
-    prompt = _prompt(family, "", GUIDED * pictures)
+    cells, prompt = _latents(family, pictures, side), _prompt(family, "", GUIDED * pictures)
     denoised = inference_bytes(family.networks, lambda: _ask(family, side, prompt, GUIDED * pictures))
     decoded = inference_bytes(vae, lambda: vae.decode(torch.empty(cells, dtype=vae.dtype)))
     return sum(map(_bytes, family.networks.values())) + max(denoised, decoded)
+
+
+def _latents(family: ModelFamily, pictures: int, side: int) -> torch.Size:
+    """The shape that the autoencoder itself has latents in; to some of them a picture is a film of one frame."""
+    vae: Any = family.networks["vae"]
+    shapes: list[torch.Size] = []
+
+    def encode(pixels: Tensor) -> Any:
+        found = plain(pixels)
+        shapes.append(found.latent_dist.mean.shape)
+        return found
+
+    plain, vae.encode = vae.encode, encode
+    try:
+        with skeletal():
+            family.encode_image(torch.empty(pictures, 3, side, side))
+    finally:
+        del vae.encode
+    return shapes[0]
 
 
 def _side(recipe: Recipe) -> int:
