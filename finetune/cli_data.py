@@ -121,7 +121,7 @@ def cache(
             made, there, damaged = (found[f"{what}_{how}"] for how in ("made", "read", "damaged"))
             packs, size = caches.size(read, what)
             said = f"{what}: {made} made, {there} were there" + (f", {damaged} were damaged" if damaged else "")
-            typer.echo(f"{said}; {packs} packs, {size / 1e6:.1f} MB")
+            typer.echo(f"{said}; {packs} {'pack' if packs == 1 else 'packs'}, {size / 1e6:.1f} MB")
     if prune is not None:
         count, size = caches.prune(read, prune)
         typer.echo(f"{count} files removed that no run has used for {prune} days, {size / 1e6:.1f} MB")
