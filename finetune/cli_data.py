@@ -29,6 +29,9 @@ def doctor(
     resolution: Annotated[int, typer.Option(min=8, help="Of a folder; a recipe has its own.")] = 512,
     strict: Annotated[bool, typer.Option("--strict", help="End with 2 for doubtful things too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode.", show_default="as many as cores")
+    ] = None,
 ) -> None:
     """Say what is wrong with pictures and captions. Ends with 2 where a run would be refused."""
     from data_tools.doctor import diagnose
@@ -36,7 +39,7 @@ def doctor(
     from data_tools.doctor_page import verdict
     from finetune.files import write_text
 
-    found = diagnose(source, overrides or [], resolution)
+    found = diagnose(source, overrides or [], resolution, workers)
     if page:
         write_text(page, as_page(found))
     if as_json:

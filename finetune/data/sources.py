@@ -6,8 +6,10 @@ No torch here, so that ``finetune plan`` stays quick.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from finetune.config.adapters import EmbeddingConfig
@@ -15,6 +17,7 @@ from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.config.wording import WordingConfig
 from finetune.data import captions, decoding, embedded
 from finetune.data.decoding import Facts
+from finetune.data.facts import Known
 from finetune.data.folders import picture_files
 from finetune.data.masks import find_mask
 from finetune.data.templates import Wording
@@ -93,8 +96,21 @@ def scan(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | N
     return found.concepts
 
 
-def survey(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | None = None) -> Survey:
-    """As ``scan``, but what is wrong is told and not raised."""
+def survey(
+    data: DataConfig,
+    *,
+    captioned: bool = True,
+    words: EmbeddingConfig | None = None,
+    known: Known | None = None,
+    workers: int | None = None,
+) -> Survey:
+    """As ``scan``, but what is wrong is told and not raised.
+
+    Args:
+        known: facts of pictures; those of the recipe's cache where it is not set.
+        workers: threads that look at pictures; as many as there are cores where it is not set.
+    """
+    known = known or Known(Path(data.cache.folder))
     problems: list[str] = []
     concepts = []
     wording = Wording.of(words) if words and words.templates else None
@@ -102,7 +118,8 @@ def survey(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig |
         where = f"data.concepts[{index}]"
         try:
             resolved = resolve(config, Path(data.cache.folder))
-            concepts.append(_scan(resolved, index, where, problems, captioned, wording, data.wording))
+            looked = partial(known.look_at_all, workers=workers)
+            concepts.append(_scan(resolved, index, where, problems, captioned, wording, data.wording, looked))
         except UserError as error:
             problems.append(str(error))
     own = [text for concept in concepts for picture in concept.pictures for text in picture.captions]
@@ -144,6 +161,7 @@ def _scan(
     captioned: bool,
     wording: Wording | None,
     reworded: WordingConfig | None,
+    looked: Callable[[Iterable[Path]], Iterable[Future[Facts]]],
 ) -> Concept:
     folder = Path(config.folder)
     files, others = picture_files(folder, f"{where}.folder")
@@ -158,10 +176,10 @@ def _scan(
     for name in missing:
         problems.append(f"{metadata}:{rows[name].line}: there is no {name} in the folder{nearest(name, names[:20])}")
     pictures = []
-    for path, name in zip(files, names, strict=True):
+    for path, name, found in zip(files, names, looked(files), strict=True):
         try:
             _check_name(path)
-            facts = decoding.inspect(path)
+            facts = found.result()
             texts = _captions(path, rows.get(name), config, captioned and not (wording and wording.replaces))
             texts = wording.captions(texts, config.trigger) if wording else texts
             mask = find_mask(path, facts, config, where)
