@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -93,6 +93,40 @@ def dedupe(
     moved = move_away(groups, folder, move) if move else []
     others = sum(len(group.others) for group in groups)
     typer.echo(f"{others} copies of {len(groups)} pictures" + (f", {len(moved)} moved to {move}" if move else ""))
+
+
+@app.command()
+def shard(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Folder of the shards.", show_default=False)],
+    format: Annotated[Literal["webdataset", "parquet"], typer.Option(help="Tars, or tables.")] = "webdataset",
+    size: Annotated[str, typer.Option(help="Most bytes of pictures in a shard.")] = "256MB",
+    count: Annotated[int | None, typer.Option(min=1, help="Pictures in a shard.", show_default="by size")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of their masks.", show_default="no masks")] = None,
+    leave_out_broken: Annotated[
+        bool, typer.Option("--leave-out-broken", help="Leave out what is broken, and name it in the index.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads, each at a shard of its own.", show_default="as many as cores")
+    ] = None,
+) -> None:
+    """Pack pictures, captions and masks into WebDataset tars or Parquet. Goes on where it was interrupted."""
+    from data_tools import sharding
+
+    settings = sharding.Settings(
+        format=format, size=sharding.parse_size(size), count=count, masks=masks, leave_out=leave_out_broken
+    )
+    done = sharding.shard(folder, out, settings, workers)
+    for problem in done.problems:
+        typer.echo(f"left out: {problem}")
+    if without := sum(record.without_caption for record in done.records):
+        typer.echo(f"{without} pictures have no caption")
+    pictures, total = (sum(getattr(record, what) for record in done.records) for what in ("pictures", "bytes"))
+    there = len(done.records) - done.written
+    typer.echo(
+        f"{out}: {pictures} pictures in {len(done.records)} shards, {total / 1e6:.1f} MB; "
+        f"{done.written} written, {there} were there"
+    )
 
 
 @app.command()

@@ -1,10 +1,10 @@
-"""Work that other threads or processes do ahead of whoever takes its results, in order and never much of it. No torch."""
+"""Work that other threads do ahead of whoever takes its results, in order and never much of it. No torch."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
@@ -14,8 +14,8 @@ Result = TypeVar("Result")
 
 def ahead(
     pool: Executor, call: Callable[[Item], Result], items: Iterable[Item], most: int
-) -> Iterator[tuple[Item, Future[Result]]]:
-    """``call`` of each item as it is computed by ``pool``, in the order of the items.
+) -> Generator[tuple[Item, Future[Result]]]:
+    """``call`` of each item as it is computed by ``pool``, in the order of the items. Close it to stop early.
 
     Args:
         most: calls that are under way or waiting to be taken at any time; ``items`` is read no further than they are.

@@ -7,12 +7,12 @@ that are right are remembered: what is wrong with the others is found out again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -69,8 +69,8 @@ class Known:
         """
         threads = workers or cores()
         try:
-            with ThreadPoolExecutor(threads) as pool:
-                for _, found in ahead(pool, self.look, paths, AHEAD * threads):
+            with ThreadPoolExecutor(threads) as pool, closing(ahead(pool, self.look, paths, AHEAD * threads)) as looks:
+                for _, found in looks:
                     yield found
                     if len(self._new) >= LINES:
                         self._save()
@@ -93,7 +93,7 @@ class Known:
         merged = _write(self._folder, [one for pack in packs for one in _read(pack)])
         for pack in packs if merged else []:
             if pack != merged:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     pack.unlink()
 
 

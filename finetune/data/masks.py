@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
 from finetune.config.schema import ConceptConfig
 from finetune.data import decoding
 from finetune.data.decoding import Facts
@@ -32,24 +34,43 @@ def find_mask(path: Path, facts: Facts, config: ConceptConfig, where: str) -> Pa
     else:
         mask = _mask_file(path, Path(config.masks), where)
         image = decoding.grey(decoding.decode(decoding.read(mask), mask))
+    check_mask(image, facts, mask or path)
+    return mask or ALPHA
+
+
+def check_mask(image: Image.Image, facts: Facts, path: Path) -> None:
+    """Refuse a mask that is no mask of its picture.
+
+    Args:
+        image: the mask, grey.
+        facts: of the picture.
+        path: of the mask, for messages.
+
+    Raises:
+        UserError: it is empty or of another size.
+    """
     if image.size != (facts.width, facts.height):
         raise UserError(
-            f"{mask}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
+            f"{path}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
         )
     if image.getbbox() is None:
-        raise UserError(f"{mask or path}: its mask is empty (black everywhere), so nothing of the picture would count")
-    return mask or ALPHA
+        raise UserError(f"{path}: its mask is empty (black everywhere), so nothing of the picture would count")
+
+
+def mask_files(stem: str, folder: Path) -> list[Path]:
+    """Files in a folder of masks that could belong to the picture of a name, in order: the first counts.
+
+    The folder is not listed, which would take a million times a million names of a large set.
+    """
+    suffixes = sorted({kind for suffix in decoding.SUFFIXES for kind in (suffix, suffix.upper())})
+    return [path for suffix in suffixes if (path := folder / f"{stem}{suffix}").is_file()]
 
 
 def _mask_file(path: Path, folder: Path, where: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{where}.masks: {folder} does not exist{nearest_folder(folder)}")
-    found = [file for file in sorted(folder.glob(f"{_escaped(path.stem)}.*")) if decoding.is_picture(file)]
+    found = mask_files(path.stem, folder)
     if not found:
         names = [file.stem for file in folder.iterdir() if decoding.is_picture(file)]
         raise UserError(f"{path}: has no mask in {folder}; expected {path.stem}.png{nearest(path.stem, names[:20])}")
     return found[0]
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

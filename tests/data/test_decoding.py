@@ -142,10 +142,10 @@ def test_a_jpeg_is_found_broken_wherever_it_is_cut_though_facts_need_no_pixels(
     Image.effect_noise((70, 50), 90).convert("RGB").save(path, **options)  # type: ignore[arg-type]
     whole = path.read_bytes()
     for end in range(10, len(whole) + 1, len(whole) // 40):
-        content, told = whole[:end], []
-        for look in (lambda: decoding.decode(content, path), lambda: decoding.facts(content, "", path)):
+        told = []
+        for look in (decoding.decode, lambda content, path: decoding.facts(content, "", path)):
             try:
-                look()
+                look(whole[:end], path)
                 told.append("")
             except UserError as error:
                 told.append(str(error))

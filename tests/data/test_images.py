@@ -116,7 +116,9 @@ def photograph(width: int, height: int) -> Image.Image:
     """Coarse and fine, as photographs are."""
     rng = np.random.default_rng(0)
     parts = [
-        np.asarray(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize((width, height)), float)
+        np.asarray(
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize((width, height)), float
+        )
         for side in (4, 16, 64, 256)
     ]
     values = parts[0] * 0.5 + parts[1] * 0.25 + parts[2] * 0.15 + parts[3] * 0.1
