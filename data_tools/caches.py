@@ -36,7 +36,7 @@ def fill(recipe: Recipe) -> dict[str, Any]:
     if not cache.latents and not cache.text:
         raise UserError("data.cache: latents and text are off, so there is nothing to fill")
     processes = start(recipe.train)
-    return encode_ahead(recipe, load_family(recipe.model), processes).describe()
+    return encode_ahead(recipe, load_family(recipe.model, device=processes.device), processes).describe()
 
 
 def draw_class_images(recipe: Recipe) -> Sequence[Picture]:
@@ -48,4 +48,5 @@ def draw_class_images(recipe: Recipe) -> Sequence[Picture]:
     if recipe.prior.kind != "images":
         raise UserError(f"prior.kind is {recipe.prior.kind!r}; class images belong to 'images'")
     processes = start(recipe.train)
-    return class_images(recipe, load_family(recipe.model), scan(recipe.data), processes)
+    family = load_family(recipe.model, device=processes.device)
+    return class_images(recipe, family, scan(recipe.data), processes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -142,11 +144,51 @@ def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command("class-images")
-def class_images(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Draw a recipe's class images beforehand."""
+def class_images(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe that needs them.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, without a recipe.", show_default=False)] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of such, one on a line.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the images; of --prompts, of a folder for each.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 100,
+    model: Annotated[str, typer.Option(help="A diffusers folder or a hub name.")] = "tinyworld",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="Scale of classifier-free guidance.")] = 5.0,
+    scheduler: Annotated[str | None, typer.Option(help="Of diffusers.", show_default="the model's own")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels.", show_default="the model's own")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
+) -> None:
+    """Draw a recipe's class images beforehand, or those of a prompt without a recipe. Draws what is missing."""
+    from finetune.errors import UserError
+
+    asked = prompt is not None or prompts is not None
+    if recipe is not None and (asked or out is not None):
+        raise UserError("a recipe says what is drawn and where: give either a recipe, or --prompt and --out")
+    if recipe is not None:
+        drawn = _of_recipe(recipe, overrides or [])
+    elif out is None or (prompt is None) == (prompts is None):
+        raise UserError("give a recipe, or what to draw and where: --prompt (or a file of --prompts) and --out")
+    else:
+        from data_tools import class_images as tool
+        from finetune.config.schema import ModelConfig, SamplerConfig
+        from finetune.data.drawing import Drawing
+
+        wanted = {out: prompt} if prompt is not None else tool.folders(tool.read_prompts(prompts or Path()), out)
+        sampler = SamplerConfig(steps=steps, guidance=guidance, scheduler=scheduler)
+        drawing = Drawing(count=count, sampler=sampler, resolution=size, seed=seed, batch_size=batch_size)
+        drawn = {folder: len(paths) for folder, paths in tool.draw(wanted, ModelConfig(path=model), drawing).items()}
+    for folder, number in drawn.items():
+        typer.echo(f"{folder}: {number} class images")
+
+
+def _of_recipe(recipe: Path, overrides: list[str]) -> Mapping[Path, int]:
+    """How many class images of a recipe are in each folder, once the missing ones are drawn."""
     from data_tools.caches import draw_class_images
     from finetune.config import read_recipe
 
-    pictures = draw_class_images(read_recipe(recipe, overrides or []))
-    for folder in dict.fromkeys(picture.path.parent for picture in pictures):
-        typer.echo(f"{folder}: {sum(picture.path.parent == folder for picture in pictures)} class images")
+    return Counter(picture.path.parent for picture in draw_class_images(read_recipe(recipe, overrides)))

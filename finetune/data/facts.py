@@ -2,7 +2,7 @@
 
 They are kept as packs of lines below the cache folder. A pack is written whole, never changed, and named by the hash of
 its own bytes, so that any number of processes may read and write and a damaged one is as good as absent. Only pictures
-that are right are remembered: what is wrong with the others is found out again.
+that are right are remembered: what is wrong with the others is found out again. Small sets leave no trace.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from finetune.data.decoding import Facts
 VERSION = 1
 """Of what ``decoding.facts`` finds."""
 
+LEAST = 100  # new facts that are worth a file
 LINES = 10_000  # new facts that are written before a scan has ended
 PACKS = 16  # above which they are made one
 AHEAD = 8  # files that each thread is ahead
@@ -82,8 +83,8 @@ class Known:
         return sorted(self._folder.glob("*.jsonl")) if self._folder else []
 
     def _save(self) -> None:
-        new, self._new = self._new, []
-        if new and self._folder:
+        if len(self._new) >= LEAST and self._folder:
+            new, self._new = self._new, []
             _write(self._folder, new)
 
     def _merge(self) -> None:

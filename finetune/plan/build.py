@@ -29,8 +29,7 @@ from finetune.data.encode import Latents, Prompts
 from finetune.data.entries import draws_per_epoch, shapes, subject_entries
 from finetune.data.folders import picture_files
 from finetune.data.preparation import check_resolution
-from finetune.data.prior import ClassImages as Drawing
-from finetune.data.prior import class_prompts, foreseen
+from finetune.data.prior import class_prompts, drawn_for, foreseen
 from finetune.data.processes import Alone
 from finetune.errors import UserError
 from finetune.export.kinds import aesthetic, embedding, full, hypernetwork, lora, lycoris, pivotal
@@ -151,7 +150,7 @@ def _class_images(recipe: Recipe, family: ModelFamily, found: Sequence[sources.C
     own = Path(prior.folder) if prior.folder is not None else None
     pictures = picture_files(own, "prior.folder")[0] if own is not None and own.is_dir() else []
     for prompt in class_prompts(found):
-        folder = own if own is not None and pictures else Drawing(recipe, prior, family, prompt).folder
+        folder = own if own is not None and pictures else drawn_for(recipe, prior, family, prompt).folder
         present = len(pictures) or sum(1 for _ in folder.glob("*.png"))
         yield ClassImages(prompt=prompt, folder=str(folder), needed=prior.count, present=min(present, prior.count))
 

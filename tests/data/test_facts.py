@@ -19,6 +19,11 @@ from finetune.data.sources import survey
 Write = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def small_sets_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "LEAST", 1)
+
+
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are decoded, in any order."""
@@ -47,6 +52,12 @@ def test_what_was_decoded_once_is_only_read_again(folder: Write, tmp_path: Path,
     moved = shutil.copytree(photos, tmp_path / "elsewhere")
     assert look(cache, moved) == first
     assert decoded == []
+
+
+def test_a_few_pictures_leave_no_trace(folder: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "LEAST", 5)
+    look(tmp_path / "cache", folder(4))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_picture_with_another_content_is_another_picture(folder: Write, tmp_path: Path, decoded: list[str]) -> None:
