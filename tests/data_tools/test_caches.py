@@ -46,8 +46,8 @@ def test_a_filled_cache_leaves_nothing_to_encode(recipe_file: Path, monkeypatch:
     seen: list[set[str]] = []
     real = caches.load_family
 
-    def watched(model: object) -> object:
-        family = real(model)  # type: ignore[arg-type]
+    def watched(model: object, **options: object) -> object:
+        family = real(model, **options)  # type: ignore[arg-type]
         encode = family.encode_image
 
         def encoding(pixels: object) -> object:
