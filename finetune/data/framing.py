@@ -5,6 +5,7 @@ Bucket lists are those of kohya's trainers, so that a set of pictures falls into
 
 from __future__ import annotations
 
+from bisect import bisect, bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,8 @@ from math import log, sqrt
 from typing import NamedTuple
 
 from finetune.config.schema import DataConfig
+
+SAME = 1e-8  # between logarithms of ratios that count as one
 
 
 class Size(NamedTuple):
@@ -68,10 +71,29 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
     Between equally near ones the larger is taken.
     """
-    if (own := Size(width, height)) in sizes:
+    table, ratio = _by_ratio(tuple(sizes)), log(width / height)
+    if (own := Size(width, height)) in table.all:
         return own
-    ratio = log(width / height)
-    return min(sizes, key=lambda size: (round(abs(log(size.width / size.height) - ratio), 9), -size.area))
+    place = bisect(table.ratios, ratio)
+    below, above = table.ratios[max(0, place - 1)], table.ratios[min(place, len(table.ratios) - 1)]
+    first, last = bisect_left(table.ratios, below - SAME), bisect(table.ratios, above + SAME)
+    near = zip(table.sizes[first:last], table.ratios[first:last], strict=True)
+    return min(near, key=lambda one: (round(abs(one[1] - ratio), 9), -one[0].area))[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _ByRatio:
+    """Sizes in the order of the logarithms of their ratios."""
+
+    sizes: tuple[Size, ...]
+    ratios: tuple[float, ...]
+    all: frozenset[Size]
+
+
+@lru_cache
+def _by_ratio(sizes: tuple[Size, ...]) -> _ByRatio:
+    ordered = sorted((log(size.width / size.height), size) for size in sizes)
+    return _ByRatio(tuple(size for _, size in ordered), tuple(ratio for ratio, _ in ordered), frozenset(sizes))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.families.clip import shared_space
+from finetune.families.lengths import Lengths
 from finetune.family import ExportNames, Sites, Vocabulary
 from finetune.objective import DDPM, Objective
 
@@ -89,6 +90,7 @@ class SD:
         self.objective: Objective = _objective(folder, self.scheduler(), min_snr_gamma)
         self.tokenizer = _tokenizer(folder)
         self._vocabulary = Vocabulary(self.tokenizer, "text_encoder")
+        self._lengths = Lengths(self.tokenizer)
         self.sites = Sites(
             linears=LINEARS,
             selections=SELECTIONS,
@@ -179,7 +181,7 @@ class SD:
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
         between = re.split("|".join(map(re.escape, words)), caption) if words else [caption]
-        count = sum(len(self.tokenizer(text, truncation=False, verbose=False).input_ids) - 2 for text in between)
+        count = sum(map(self._lengths, between))
         count += sum(vectors * caption.count(word) for word, vectors in (words or {}).items())
         return max(0, count + 2 - self.tokenizer.model_max_length)
 
