@@ -12,7 +12,23 @@ from finetune.families.lengths import Lengths
 from finetune.tinyworld import BASE
 
 TOKENIZER: Any = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer", local_files_only=True)
-MARKS = ["a photo of", " ", "\t\n", "it's", "'s", "1234", "1.5", "ÄÖ", "é", "e\u0301", "\u0301", "ΣΑΣ", "日本", "🙂", "\u00a0"]
+MARKS = [
+    "a photo of",
+    " ",
+    "\t\n",
+    "it's",
+    "'s",
+    "1234",
+    "1.5",
+    "ÄÖ",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "ΣΑΣ",
+    "日本",
+    "🙂",
+    "\u00a0",
+]
 MARKS += ["<|endoftext|>", "<zib>", "((b:1.2))", "...", "--", "\u200b", "\u3000", "\u2028", "\x1f", "\x85", "İ"]
 
 
