@@ -16,6 +16,7 @@ from finetune.batch import Conditioning
 from finetune.errors import UserError
 from finetune.families import long_prompts
 from finetune.families.folder import DiffusersFolder, Part
+from finetune.families.lengths import Lengths
 from finetune.family import Unsupported, Vocabulary
 
 READERS = ("attn2.to_k", "attn2.to_v")
@@ -83,6 +84,7 @@ class UNetFolder(DiffusersFolder):
         network = self.settings["denoiser"]
         if network.get("in_channels", 4) != self.latent_channels:
             raise UserError(f"{folder}: the U-Net does not read plain latents; inpainting models cannot be trained")
+        self._lengths = Lengths(self._vocabulary.tokenizer)
         self.pixel_multiple = self.latent_scale * 2 ** (len(network["block_out_channels"]) - 1)
 
     @abstractmethod
@@ -95,6 +97,8 @@ class UNetFolder(DiffusersFolder):
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
+        if not words and self._lengths(caption) <= self._vocabulary.tokenizer.model_max_length - 2:
+            return 0  # as nearly all are, a million of them too
         return self._split(caption, words).lost
 
     def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:

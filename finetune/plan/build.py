@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,11 +26,10 @@ from finetune.config.summary import summary
 from finetune.data import sources
 from finetune.data.batches import Batches
 from finetune.data.encode import Latents, Prompts
-from finetune.data.entries import draws_per_epoch, shapes, subject_entries
+from finetune.data.entries import draws_per_epoch, shapes
 from finetune.data.folders import picture_files
 from finetune.data.preparation import check_resolution
-from finetune.data.prior import ClassImages as Drawing
-from finetune.data.prior import class_prompts, foreseen
+from finetune.data.prior import class_prompts, drawn_for, foreseen
 from finetune.data.processes import Alone
 from finetune.errors import UserError
 from finetune.export.kinds import aesthetic, embedding, full, hypernetwork, lora, lycoris, pivotal
@@ -76,7 +74,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         networks=networks,
         trainable=trainable,
         concepts=tuple(map(_concept, found)),
-        shapes=tuple(shapes(itertools.chain.from_iterable(subject_entries(recipe.data, found)))),
+        shapes=tuple(shapes(batches.subjects)),
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
@@ -110,7 +108,9 @@ def _untrained(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Conc
 
 def _concept(found: sources.Concept) -> Concept:
     pictures, config = found.pictures, found.config
-    sizes = sorted(((p.facts.width, p.facts.height) for p in pictures), key=lambda size: size[0] * size[1])
+    smallest, largest = (
+        end((p.facts for p in pictures), key=lambda facts: facts.width * facts.height) for end in (min, max)
+    )
     told = Counter("the prompt" if p.captions == (config.prompt,) else "their own" for p in pictures)
     return Concept(
         source=config.source,
@@ -118,8 +118,8 @@ def _concept(found: sources.Concept) -> Concept:
         repeats=config.repeats,
         captions=dict(told),
         example=pictures[0].captions[0],
-        smallest=sizes[0],
-        largest=sizes[-1],
+        smallest=(smallest.width, smallest.height),
+        largest=(largest.width, largest.height),
         masked=sum(picture.mask is not None for picture in pictures),
         bytes=found.bytes,
         trigger=config.trigger,
@@ -152,7 +152,7 @@ def _class_images(recipe: Recipe, family: ModelFamily, found: Sequence[sources.C
     own = Path(prior.folder) if prior.folder is not None else None
     pictures = picture_files(own, "prior.folder")[0] if own is not None and own.is_dir() else []
     for prompt in class_prompts(found):
-        folder = own if own is not None and pictures else Drawing(recipe, prior, family, prompt).folder
+        folder = own if own is not None and pictures else drawn_for(recipe, prior, family, prompt).folder
         present = len(pictures) or sum(1 for _ in folder.glob("*.png"))
         yield ClassImages(prompt=prompt, folder=str(folder), needed=prior.count, present=min(present, prior.count))
 
