@@ -102,6 +102,7 @@ class Batch:
         posterior: of the pictures, [B, C, h, w], unscaled; smaller ones than the largest lie at the top left.
         prior: True where the picture shows the class and not the subject, bool [B].
         weight: how much each sample counts, float32 [B].
+        timestep_bias: of each sample's time towards noise, float32 [B]; None where all times are drawn alike.
         geometry: original height and width, crop top and left, target height and width, int64 [B, 6].
         mask: how much each place counts, float32 [B, 1, h, w] in [0, 1]; None where nothing is masked.
         prompt: the captions encoded ahead, as they can be while no text encoder trains.
@@ -117,6 +118,7 @@ class Batch:
     prior: Tensor
     weight: Tensor
     geometry: Tensor
+    timestep_bias: Tensor | None = None
     mask: Tensor | None = None
     prompt: Conditioning | None = None
     class_captions: tuple[str, ...] | None = None
@@ -157,6 +159,7 @@ class Batch:
             posterior=Posterior(mean=mean, logvar=logvar),
             prior=self.prior[index],
             weight=self.weight[index],
+            timestep_bias=None if self.timestep_bias is None else self.timestep_bias[index],
             geometry=self.geometry[index],
             mask=None if self.mask is None else self.mask[index, ..., :height, :width],
             prompt=self.prompt and self.prompt.rows(index),

@@ -132,6 +132,7 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float, typer.Option(min=0)] = 5.0,
+    guidance_rescale: Annotated[float, typer.Option(min=0, max=1, help="About 0.7 with zero terminal SNR.")] = 0.0,
     scheduler: Annotated[str | None, typer.Option(help="A class of diffusers.", show_default="the model's own")] = None,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.", show_default="the model's")] = None,
     prompt_chunks: Annotated[
@@ -144,7 +145,7 @@ def sample(
     from finetune.export import sample as export_sample
     from finetune.files import replacing
 
-    sampler = SamplerConfig(steps=steps, guidance=guidance, scheduler=scheduler)
+    sampler = SamplerConfig(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale, scheduler=scheduler)
     pictures = export_sample.sample(
         adapter,
         prompt,

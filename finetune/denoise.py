@@ -12,8 +12,7 @@ from finetune.adapter import Adapter
 from finetune.batch import Batch, Conditioning
 from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
 from finetune.family import ModelFamily
-from finetune.objective import Noised
-from finetune.randomness import generator
+from finetune.objective import Draws, Noised
 
 
 def training_loss(family: ModelFamily, adapter: Adapter, batch: Batch, recipe: Recipe) -> PriorLoss | Tensor:
@@ -33,7 +32,7 @@ def training_loss(family: ModelFamily, adapter: Adapter, batch: Batch, recipe: R
 
 
 def denoising_error(family: ModelFamily, batch: Batch, seed: int) -> Tensor:
-    """Weighted squared error of one denoising step, float32 [B].
+    """Weighted error of one denoising step, float32 [B].
 
     Read the prompt, spoil the latents, predict, compare. Averaging is left to the recipe, which knows which samples
     count for what.
@@ -46,7 +45,7 @@ def _error(family: ModelFamily, batch: Batch, seed: int) -> Tensor:
     assert batch.prompt is not None
     noised = spoil(family, batch, seed)
     answer = family.predict(noised.noisy, noised.timesteps, batch.prompt, batch.geometry)
-    return batch.weight * noised.weight * squared_error(answer, noised.target, batch.mask)
+    return batch.weight * noised.weight * masked_mean(family.objective.error(answer, noised), batch.mask)
 
 
 def preservation_error(family: ModelFamily, adapter: Adapter, batch: Batch, seed: int) -> Tensor:
@@ -70,9 +69,11 @@ def _drift(family: ModelFamily, adapter: Adapter, batch: Batch, seed: int) -> Te
     assert batch.prompt is not None and batch.class_prompt is not None
     noised = spoil(family, batch, seed)
     with torch.no_grad(), adapter.disabled():
-        target = family.predict(noised.noisy, noised.timesteps, batch.class_prompt, batch.geometry)
+        untouched = family.predict(noised.noisy, noised.timesteps, batch.class_prompt, batch.geometry)
+        target = family.objective.restate(untouched, noised)
     answer = family.predict(noised.noisy, noised.timesteps, batch.prompt, batch.geometry)
-    return batch.weight * noised.weight * squared_error(answer, target, None)
+    error = family.objective.error(answer, noised._replace(target=target))
+    return batch.weight * noised.weight * masked_mean(error, None)
 
 
 def spoil(family: ModelFamily, batch: Batch, seed: int) -> Noised:
@@ -81,27 +82,20 @@ def spoil(family: ModelFamily, batch: Batch, seed: int) -> Noised:
     Every sample draws from its own generators, named by its id and draw, so that neither the batch it is in nor the
     process it is on changes what it sees.
     """
-    names = list(zip(batch.ids, batch.draws, strict=True))
-    shape = batch.posterior.mean.shape[1:]
-    device = batch.posterior.mean.device
-
-    def normal(purpose: str) -> Tensor:
-        drawn = [torch.randn(shape, generator=generator(seed, purpose, *name)) for name in names]
-        return torch.stack(drawn).to(device)
-
-    clean = family.scale(batch.posterior.sample(normal("posterior")))
-    timesteps = family.objective.timesteps([generator(seed, "timestep", *name) for name in names]).to(device)
-    return family.objective.spoil(clean, normal("noise"), timesteps)
+    draws = Draws(seed, batch.ids, batch.draws)
+    mean = batch.posterior.mean
+    clean = family.scale(batch.posterior.sample(draws.normal("posterior", mean.shape[1:]).to(mean.device)))
+    return family.objective.spoil(clean, draws, batch.timestep_bias)
 
 
-def squared_error(answer: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared error of each sample, float32 [B].
+def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean error of each sample, float32 [B].
 
     Args:
+        error: of every number, float32 [B, C, h, w].
         mask: float [B, 1, h, w]; the mean is then ``sum(mask * error) / sum(mask)``, so that a small subject counts
             as much as a large one. A sample whose mask is empty has error 0.
     """
-    error = (answer.float() - target.float()).square()
     if mask is None:
         return error.flatten(1).mean(1)
     masked = (error * mask).flatten(1).mean(1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.objective import Objective
+from finetune.objectives import Process
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -151,7 +152,9 @@ class ModelFamily(Protocol):
 
     name: ClassVar[str]
     networks: nn.ModuleDict  # what is in memory: "denoiser", "vae", "text_encoder", ...
-    objective: Objective
+    process: Process  # what its base was trained to undo
+    objective: Objective  # that, refined by the recipe
+    sampling: Mapping[str, Any]  # settings of its pipeline's scheduler that training changes; set from the objective
     sites: Sites
     export_names: Mapping[str, ExportNames]  # network -> names
     text_encoders: Sequence[str]  # names of the networks that read prompts
@@ -212,6 +215,10 @@ class ModelFamily(Protocol):
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in the networks in memory that can train; it acts in ``train()`` mode only."""
+        ...
+
+    def scheduler(self) -> Any:
+        """A fresh copy of the model's scheduler of diffusers, with the settings of ``sampling``."""
         ...
 
     def pipeline(self) -> DiffusionPipeline:

@@ -1,15 +1,18 @@
-"""How a latent is spoiled and what is asked back. Pure tensor arithmetic; nothing here knows a model."""
+"""The border of how a latent is spoiled and what is asked back. Nothing here knows a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+from finetune.randomness import generator
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+"""What a denoiser answers, in diffusers' words; ``finetune.objectives.predictions`` has the formulas."""
 
 
 class Noised(NamedTuple):
@@ -21,74 +24,57 @@ class Noised(NamedTuple):
     weight: Tensor  # [B] float32  how much each sample counts
 
 
-class Objective(Protocol):
-    """A way to spoil latents. Its draws come from outside, one generator per sample."""
-
-    def timesteps(self, rngs: Sequence[torch.Generator]) -> Tensor:
-        """Draw one time per generator, [B] on the CPU."""
-        ...
-
-    def spoil(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
-        """Mix ``clean`` and ``noise`` [B, C, h, w] at ``timesteps`` [B]."""
-        ...
-
-
 @dataclass(frozen=True)
-class DDPM:
-    """Discrete-time diffusion (Ho et al. 2020, https://arxiv.org/abs/2006.11239): SD 1.x, SD 2.x, SDXL.
+class Draws:
+    """The randomness of B samples. Each has generators of its own, named by a purpose, its id and its draw.
 
-    With ``a = sqrt(alphas_cumprod[t])`` and ``s = sqrt(1 - alphas_cumprod[t])`` the denoiser sees ``a x0 + s eps``.
-
-    Args:
-        alphas_cumprod: signal power kept at each of T timesteps, float [T].
-        prediction: epsilon asks for ``eps``; v_prediction for ``a eps - s x0`` (Salimans & Ho 2022,
-            https://arxiv.org/abs/2202.00512, appendix D); sample for ``x0``.
-        min_snr_gamma: of Min-SNR weighting (Hang et al. 2023, https://arxiv.org/abs/2303.09556, eq. 5): the loss on
-            ``x0`` is weighted ``min(SNR, gamma)``, converted exactly to the prediction; None: no weighting.
-
-    Raises:
-        ValueError: the table ends at zero signal (zero-terminal SNR) and the prediction is epsilon, which then
-            says nothing about the picture.
+    Attributes:
+        seed: the run's.
+        ids, numbers: as ``Batch.ids`` and ``Batch.draws``.
     """
 
-    alphas_cumprod: Tensor
-    prediction: Prediction = "epsilon"
-    min_snr_gamma: float | None = None
+    seed: int
+    ids: Sequence[str]
+    numbers: Sequence[int]
 
-    def __post_init__(self) -> None:
-        if self.prediction == "epsilon" and bool((self.alphas_cumprod == 0).any()):
-            raise ValueError("epsilon prediction cannot be trained with zero terminal SNR; use v_prediction")
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A fresh generator for every sample."""
+        return [generator(self.seed, purpose, *name) for name in zip(self.ids, self.numbers, strict=True)]
 
-    def timesteps(self, rngs: Sequence[torch.Generator]) -> Tensor:
-        """Uniform integers in [0, T), int64 [B]."""
-        return torch.cat([torch.randint(len(self.alphas_cumprod), (1,), generator=rng) for rng in rngs])
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers, float32 [B, *shape], on the CPU."""
+        return torch.stack([torch.randn(*shape, generator=rng) for rng in self.generators(purpose)])
 
-    def spoil(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
-        """Mix ``clean`` and ``noise`` [B, C, ...] at ``timesteps`` (int64 [B])."""
-        kept = self.alphas_cumprod.to(clean.device, torch.float32)[timesteps]
-        signal, spoiled = (_like(part.sqrt(), clean) for part in (kept, 1 - kept))
-        match self.prediction:
-            case "epsilon":
-                target = noise
-            case "v_prediction":
-                target = signal * noise - spoiled * clean
-            case "sample":
-                target = clean
-        return Noised(signal * clean + spoiled * noise, timesteps, target, self._weight(kept / (1 - kept)))
-
-    def _weight(self, snr: Tensor) -> Tensor:
-        if self.min_snr_gamma is None:
-            return torch.ones_like(snr)
-        capped = snr.clamp(max=self.min_snr_gamma)
-        match self.prediction:
-            case "epsilon":
-                return capped / snr
-            case "v_prediction":
-                return capped / (snr + 1)
-            case "sample":
-                return capped
+    def uniform(self, purpose: str) -> Tensor:
+        """A number in [0, 1) for every sample, float64 [B], on the CPU."""
+        return torch.cat([torch.rand(1, dtype=torch.float64, generator=rng) for rng in self.generators(purpose)])
 
 
-def _like(values: Tensor, latents: Tensor) -> Tensor:
-    """``values`` [B] shaped to multiply ``latents`` [B, ...] of any number of axes, in their dtype."""
-    return values.view(-1, *(1,) * (latents.ndim - 1)).to(latents.dtype)
+class Objective(Protocol):
+    """A way to spoil latents, and what an answer's error costs."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """What is asked."""
+        ...
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """Settings of diffusers' scheduler that must be sampled with, where they differ from the base's."""
+        ...
+
+    def spoil(self, clean: Tensor, draws: Draws, bias: Tensor | None = None) -> Noised:
+        """Draw times and noise for ``clean`` [B, C, h, w] and mix them.
+
+        Args:
+            bias: of each sample's time towards noise, float [B], as ``finetune.objectives.times.tilted`` has it.
+        """
+        ...
+
+    def error(self, answer: Tensor, noised: Noised) -> Tensor:
+        """What each number of ``answer`` costs, float32 [B, C, h, w]; without weights."""
+        ...
+
+    def restate(self, answer: Tensor, noised: Noised) -> Tensor:
+        """An answer of the untouched base [B, C, h, w] in the terms of ``prediction``."""
+        ...

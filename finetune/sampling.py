@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,13 +61,28 @@ def one(
     """One picture, drawn by diffusers' own pipeline."""
     picture: Image.Image = pipeline(
         prompt,
-        num_inference_steps=sampler.steps,
-        guidance_scale=sampler.guidance,
+        **arguments(sampler),
         generator=rng,
         height=resolution,
         width=resolution,
     ).images[0]
     return picture
+
+
+def arguments(sampler: SamplerConfig) -> dict[str, Any]:
+    """The settings as diffusers' pipelines call them."""
+    rescale = {"guidance_rescale": sampler.guidance_rescale} if sampler.guidance_rescale else {}
+    return {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance, **rescale}
+
+
+@contextmanager
+def untouched(family: ModelFamily) -> Iterator[None]:
+    """Draw as the model does before it is trained: with its own scheduler, whatever the objective will change."""
+    changed, family.sampling = family.sampling, {}
+    try:
+        yield
+    finally:
+        family.sampling = changed
 
 
 @contextmanager
@@ -93,13 +109,15 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
     ``clip_sample`` would come back on and ruin latents. So settings are all passed by name, and clipping is off.
 
     Raises:
-        UserError: there is no such class, or it does not fit.
+        UserError: there is no such class, or it does not fit, or cannot sample where no signal is left.
     """
     known = {kind.__name__: kind for kind in scheduler.compatibles}
     if name not in known:
         raise UserError(f"scheduler: {name!r} does not fit this model{nearest(name, known)}")
-    settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    return known[name].from_config(settings | {"clip_sample": False, "thresholding": False})
+    own = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    if own.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(known[name]).parameters:
+        raise UserError(f"scheduler: {name} has no zero terminal SNR, which this model was trained with; DDIMScheduler")
+    return known[name].from_config(own | {"clip_sample": False, "thresholding": False})
 
 
 def _restore(family: ModelFamily, modes: dict[nn.Module, bool], before: set[str]) -> None:

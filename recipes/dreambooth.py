@@ -28,7 +28,7 @@ from finetune.train import Trainer, check_run, preview
 def main(recipe: Recipe) -> None:
     processes = start(recipe.train)
     check_run(recipe, processes)
-    family = load_family(recipe.model, recipe.train.min_snr_gamma, processes.device)
+    family = load_family(recipe.model, recipe.objective, processes.device)
 
     # What the untouched model makes of the class is drawn first; then every picture and prompt is encoded once.
     batches = prepare(recipe, family, processes)

@@ -31,7 +31,7 @@ from finetune.train import Trainer, check_run, preview
 def main(recipe: Recipe) -> None:
     processes = start(recipe.train)
     check_run(recipe, processes)
-    family = load_family(recipe.model, recipe.train.min_snr_gamma, processes.device)
+    family = load_family(recipe.model, recipe.objective, processes.device)
     batches = prepare(recipe, family, processes)
     adapter = attach(recipe.adapter, family, recipe.seed)
     if recipe.train.gradient_checkpointing:

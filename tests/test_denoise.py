@@ -15,11 +15,12 @@ from torch import Tensor
 from finetune.adapters import attach
 from finetune.batch import Batch, Conditioning, Posterior
 from finetune.config.adapters import FullConfig, LoraConfig
+from finetune.config.objective import MinSnrWeighting, ObjectiveConfig
 from finetune.config.schema import ModelConfig
-from finetune.denoise import denoising_error, mixed_loss, pairwise_loss, preservation_error, spoil, squared_error
+from finetune.denoise import denoising_error, masked_mean, mixed_loss, pairwise_loss, preservation_error, spoil
 from finetune.families import load_family
 from finetune.family import ModelFamily
-from finetune.objective import DDPM
+from finetune.objectives import DDPM, Denoising
 from finetune.randomness import generator
 
 CAPTIONS = ("a red star", "a photo of a zib star", "a blue ring on grass", "")
@@ -84,7 +85,8 @@ def test_prompts_encoded_ahead_change_nothing(family: ModelFamily) -> None:
 
 
 def test_weights_of_sample_and_time_multiply(tiny_sd: Path, family: ModelFamily) -> None:
-    weighted = load_family(ModelConfig(path=str(tiny_sd)), min_snr_gamma=0.1)
+    weighting = MinSnrWeighting(kind="min_snr", gamma=0.1)
+    weighted = load_family(ModelConfig(path=str(tiny_sd)), ObjectiveConfig(weighting=weighting))
     weighted.require("denoiser", "text_encoder")
     batch = replace(make_batch(), weight=torch.tensor([1.0, 0.0, 2.0, 0.5]))
     of_time = spoil(weighted, batch, 1).weight
@@ -116,7 +118,7 @@ def test_latents_are_drawn_from_the_posterior_and_scaled(family: ModelFamily) ->
     sure = replace(
         make_batch(), posterior=Posterior(mean=torch.ones(4, 4, 8, 8), logvar=torch.full((4, 4, 8, 8), -99.0))
     )
-    family.objective = DDPM(torch.ones(1), "sample")
+    family.objective = Denoising(DDPM(torch.ones(1), "sample"))
     torch.testing.assert_close(spoil(family, sure, 1).noisy, torch.full((4, 4, 8, 8), 0.18215), rtol=1e-5, atol=1e-6)
     unsure = replace(sure, posterior=Posterior(mean=torch.zeros(4, 4, 8, 8), logvar=torch.zeros(4, 4, 8, 8)))
     assert float(spoil(family, unsure, 1).noisy.std()) == pytest.approx(0.18215, rel=0.1)
@@ -127,11 +129,11 @@ import torch
 from types import SimpleNamespace
 from finetune.batch import Batch, Posterior
 from finetune.denoise import spoil
-from finetune.objective import DDPM
+from finetune.objectives import DDPM, Denoising
 
 def checksum(seed):
     torch.manual_seed(seed)
-    family = SimpleNamespace(objective=DDPM(torch.linspace(0.99, 0.01, 1000)), scale=lambda latents: latents)
+    family = SimpleNamespace(objective=Denoising(DDPM(torch.linspace(0.99, 0.01, 1000))), scale=lambda latents: latents)
     zeros = torch.zeros(1, 4, 8, 8)
     batch = Batch(ids=("a",), draws=(3,), captions=("",), posterior=Posterior(mean=zeros, logvar=zeros),
                   prior=torch.tensor([False]), weight=torch.ones(1), geometry=torch.zeros(1, 6, dtype=torch.int64))
@@ -151,10 +153,8 @@ def test_spoiling_does_not_depend_on_the_process() -> None:
 
 
 def test_mask_of_ones_is_no_mask() -> None:
-    answer, target = (torch.randn(3, 4, 8, 8, generator=generator(0, name)) for name in "at")
-    torch.testing.assert_close(
-        squared_error(answer, target, torch.ones(3, 1, 8, 8)), squared_error(answer, target, None), rtol=1e-6, atol=0
-    )
+    error = torch.rand(3, 4, 8, 8, generator=generator(0, "error"))
+    torch.testing.assert_close(masked_mean(error, torch.ones(3, 1, 8, 8)), masked_mean(error, None), rtol=1e-6, atol=0)
 
 
 def test_no_gradient_from_outside_the_mask_nor_to_the_class_half() -> None:
@@ -165,7 +165,7 @@ def test_no_gradient_from_outside_the_mask_nor_to_the_class_half() -> None:
 
     def gradient(mask: Tensor | None) -> Tensor:
         answer = torch.zeros_like(target, requires_grad=True)
-        pairwise_loss(squared_error(answer, target, mask), torch.tensor([False, True]), 1.0).total.backward()
+        pairwise_loss(masked_mean((answer - target).square(), mask), torch.tensor([False, True]), 1.0).total.backward()
         assert answer.grad is not None
         return answer.grad
 
@@ -179,28 +179,17 @@ def test_a_small_subject_counts_as_much_as_a_large_one() -> None:
     mask = torch.zeros(2, 1, 8, 8)
     mask[0, :, :1, :1] = 1
     mask[1, :, :6] = 1
-    error = squared_error(torch.full((2, 4, 8, 8), 3.0), torch.zeros(2, 4, 8, 8), mask)
+    error = masked_mean(torch.full((2, 4, 8, 8), 9.0), mask)
     torch.testing.assert_close(error, torch.tensor([9.0, 9.0]))
 
 
 def test_an_empty_mask_is_no_error_and_no_nan() -> None:
-    assert squared_error(torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(1, 1, 8, 8)).tolist() == [0.0]
+    assert masked_mean(torch.ones(1, 4, 8, 8), torch.zeros(1, 1, 8, 8)).tolist() == [0.0]
 
 
 def test_soft_masks_weigh() -> None:
-    answer = torch.zeros(1, 1, 1, 2)
-    answer[..., 0], answer[..., 1] = 1.0, 2.0
-    mask = torch.tensor([[[[1.0, 0.25]]]])
-    torch.testing.assert_close(
-        squared_error(answer, torch.zeros_like(answer), mask), torch.tensor([(1 * 1 + 0.25 * 4) / 1.25])
-    )
-
-
-def test_half_precision_is_compared_in_float32() -> None:
-    answer = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)
-    error = squared_error(answer, torch.zeros_like(answer), None)
-    assert error.dtype == torch.float32
-    assert error.item() == 90000.0, "float16 would overflow"
+    mask, error = torch.tensor([[[[1.0, 0.25]]]]), torch.tensor([[[[1.0, 4.0]]]])
+    torch.testing.assert_close(masked_mean(error, mask), torch.tensor([(1 * 1 + 0.25 * 4) / 1.25]))
 
 
 # ---- the two layouts of the prior --------------------------------------------------------------------------------

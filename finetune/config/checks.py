@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.config import buckets, pivotal, wording
+from finetune.config import buckets, objective, pivotal, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -55,7 +55,7 @@ class Contradiction(NamedTuple):
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Everything in ``recipe`` that cannot be meant."""
     yield from _concepts(recipe)
-    for found in (*buckets.contradictions(recipe), *wording.contradictions(recipe)):
+    for found in (*buckets.contradictions(recipe), *wording.contradictions(recipe), *objective.contradictions(recipe)):
         yield Contradiction(*found)
     yield from _prior(recipe)
     yield from _adapter(recipe)

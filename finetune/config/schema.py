@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from finetune.config.adapters import AdapterConfig
 from finetune.config.buckets import BucketsConfig
+from finetune.config.objective import ObjectiveConfig
 from finetune.config.rates import Pair, last_step, parse
 from finetune.config.section import Fraction, Probability, Section, Text
 from finetune.config.wording import FolderName, WordingConfig
@@ -52,6 +53,9 @@ class ConceptConfig(Section):
     """How often each picture appears in an epoch; with `captions: folder` the folder's number where it is not set."""
     weight: PositiveFloat = 1.0
     """How much each picture counts in the loss."""
+    timestep_bias: float | None = None
+    """Positive to learn more from noisy times (composition), negative from clear ones (texture); that of
+    `objective.timesteps` where it is not set."""
 
     @property
     def folder_name(self) -> FolderName | None:
@@ -113,6 +117,8 @@ class SamplerConfig(Section):
     """Denoising steps of a picture."""
     guidance: NonNegativeFloat = 5.0
     """Scale of classifier-free guidance; 1 is none."""
+    guidance_rescale: Fraction = 0.0
+    """Keeps strong guidance from overexposing (Lin et al. 2023): about 0.7 with `objective.zero_terminal_snr`."""
     scheduler: Text | None = None
     """A scheduler class of diffusers; the model's own where it is not set."""
 
@@ -215,8 +221,6 @@ class TrainConfig(Section):
     """Gradients are scaled down to this norm where they are longer."""
     max_grad_value: PositiveFloat | None = None
     """Every number of a gradient is cut to this size, instead of scaling by `max_grad_norm`."""
-    min_snr_gamma: PositiveFloat | None = None
-    """Min-SNR weighting of the loss (Hang et al. 2023), for example 5; none where it is not set."""
     ema: EmaConfig | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Of the forward and backward pass; trained weights stay in float32."""
@@ -306,6 +310,7 @@ class Recipe(Section):
     adapter: AdapterConfig
     data: DataConfig
     prior: PriorConfig = NoPrior(kind="none")
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()

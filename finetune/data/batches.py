@@ -96,6 +96,7 @@ class Batches:
             ),
             prior=torch.tensor([one.prior for one in drawn]),
             weight=torch.tensor([picture.weight for picture in pictures], dtype=torch.float32),
+            timestep_bias=self._biases(pictures),
             geometry=torch.stack([images.geometry(entry.picture, entry.crop, flip) for entry, flip in mirrored]),
             mask=self._masks(mirrored) if self.masked else None,
             prompt=self._encoded(texts),
@@ -125,6 +126,13 @@ class Batches:
         """Whether a draw is mirrored."""
         name = self.entry(one).picture.id
         return self.recipe.data.flip and captions.chance(self.recipe.seed, "flip", name, one.number) < 0.5
+
+    def _biases(self, pictures: Sequence[Picture]) -> Tensor | None:
+        run = self.recipe.objective.timesteps.bias
+        if not run and all(concept.config.timestep_bias is None for concept in self.concepts):
+            return None
+        own = [run if picture.timestep_bias is None else picture.timestep_bias for picture in pictures]
+        return torch.tensor(own, dtype=torch.float32)
 
     def _class_captions(self, drawn: Sequence[Drawn]) -> tuple[str, ...] | None:
         if not isinstance(self.recipe.prior, ModelPrior):

@@ -27,7 +27,7 @@ from finetune.data.sources import Concept, Picture, refuse
 from finetune.errors import GuardError, UserError
 from finetune.family import ModelFamily
 from finetune.randomness import generator
-from finetune.sampling import change_scheduler, inference
+from finetune.sampling import arguments, change_scheduler, inference, untouched
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
@@ -141,7 +141,8 @@ class ClassImages:
             "model": self.family.fingerprint("denoiser", "vae", *self.family.text_encoders),
             "resolution": self.recipe.data.resolution,
             "seed": self.recipe.seed,
-            **self.prior.sampler.model_dump(),
+            **self.prior.sampler.model_dump(exclude={"guidance_rescale"}),
+            **({"guidance_rescale": rescale} if (rescale := self.prior.sampler.guidance_rescale) else {}),
         }
 
     @property
@@ -182,7 +183,7 @@ class ClassImages:
         size, wanted = self.prior.batch_size, set(indices)
         # always whole groups, since an image's neighbours can change its last bits
         groups = sorted({index // size for index in indices})
-        with inference(self.family) as pipeline:
+        with untouched(self.family), inference(self.family) as pipeline:
             if self.prior.sampler.scheduler:
                 pipeline.scheduler = change_scheduler(pipeline.scheduler, self.prior.sampler.scheduler)
             for group in track(groups, f"Drawing {len(indices)} class images", disable=quiet, transient=True):
@@ -196,8 +197,7 @@ class ClassImages:
         sampler, side = self.prior.sampler, self.recipe.data.resolution
         drawn = pipeline(
             prompt=[self.prompt] * len(numbers),
-            num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance,
+            **arguments(sampler),
             height=side,
             width=side,
             generator=[generator(self.recipe.seed, "class image", self.prompt, index) for index in numbers],

@@ -36,6 +36,7 @@ class Picture:
         facts: what the file holds.
         mask: picture file whose white counts, or "alpha" for the picture's own transparency.
         weight: how much it counts in the loss.
+        timestep_bias: of its times towards noise; None where the recipe's holds.
         prior: it shows the class and not the subject.
     """
 
@@ -45,6 +46,7 @@ class Picture:
     facts: Facts
     mask: Path | str | None = None
     weight: float = 1.0
+    timestep_bias: float | None = None
     prior: bool = False
 
 
@@ -174,7 +176,7 @@ def _scan(
             texts = own or _instead(path, config, captioned)
             texts = wording.captions(texts, config.trigger) if wording else texts
             mask = find_mask(path, facts, config, where)
-            pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight))
+            pictures.append(Picture(f"{index}/{name}", path, texts, facts, mask, config.weight, config.timestep_bias))
             fallen += [] if own else [name]
         except UserError as error:
             problems.append(str(error))

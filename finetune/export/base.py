@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
-from finetune.export.metadata import OWN
+from finetune.export.metadata import OWN, sampling
 from finetune.export.read import Identity
 from finetune.family import ModelFamily
 
@@ -30,4 +30,7 @@ def load_base(found: Identity, base: str | None = None, prompt_chunks: int | Non
     if not path:
         raise UserError(f"{found.path} does not say which base model it belongs to; name it with --base")
     revision = None if base else found.metadata.get(f"{OWN}revision")
-    return load_family(ModelConfig(path=path, revision=revision, prompt_chunks=prompt_chunks or found.prompt_chunks))
+    config = ModelConfig(path=path, revision=revision, prompt_chunks=prompt_chunks or found.prompt_chunks)
+    family = load_family(config)
+    family.sampling = sampling(found.metadata)
+    return family

@@ -23,7 +23,14 @@ _INDEX = "model_index.json"
 _CARDS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 
-def write_model(weights: Weights, base: Path, path: Path, names: Mapping[str, ExportNames], dtype: torch.dtype) -> Path:
+def write_model(
+    weights: Weights,
+    base: Path,
+    path: Path,
+    names: Mapping[str, ExportNames],
+    dtype: torch.dtype,
+    scheduler: Any = None,
+) -> Path:
     """Write a diffusers folder that is ``base`` with the trained weights put in, whole or not at all.
 
     One component is in memory at a time. Only safetensors of the ordinary names are taken over: other variants and
@@ -35,6 +42,7 @@ def write_model(weights: Weights, base: Path, path: Path, names: Mapping[str, Ex
         path: becomes the new folder.
         names: of the family's networks.
         dtype: of all floating-point weights.
+        scheduler: of diffusers, in place of the base's.
 
     Raises:
         GuardError: a trained tensor is empty, not finite or has no place of its shape in the base, or none differs
@@ -48,7 +56,7 @@ def write_model(weights: Weights, base: Path, path: Path, names: Mapping[str, Ex
         for card in _CARDS:
             if (base / card).is_file():
                 shutil.copyfile(base / card, folder / card)
-        write_json(folder / _INDEX, _index(base))
+        write_json(folder / _INDEX, _index(base, scheduler))
         for component in components(base):
             network = next((name for name, called in names.items() if called.diffusers == component), None)
             level = names[network].missing_level if network else ""
@@ -66,6 +74,8 @@ def write_model(weights: Weights, base: Path, path: Path, names: Mapping[str, Ex
                 )
             if level:
                 _prefix_index(folder / component, level)
+        if scheduler is not None:
+            scheduler.save_pretrained(folder / "scheduler")
         if trained:
             raise GuardError(f"{len(trained)} trained tensors have no place in {base}, for example {min(trained)}")
         if not changed:
@@ -113,12 +123,14 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _index(base: Path) -> dict[str, Any]:
+def _index(base: Path, scheduler: Any) -> dict[str, Any]:
     """The list of the pipeline's parts. A part that the base names but does not hold is left out of it."""
     index: dict[str, Any] = json.loads((base / _INDEX).read_text(encoding="utf-8"))
     for name, value in index.items():
         if isinstance(value, list) and not name.startswith("_") and not (base / name).is_dir():
             index[name] = [None, None]
+    if scheduler is not None:
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False
     return index

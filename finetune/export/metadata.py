@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune import __version__
 from finetune.config.schema import Recipe
+from finetune.export import objective
 from finetune.export.layers import Layer
 from finetune.family import ModelFamily
 
@@ -42,6 +43,8 @@ def describe(
         "seed": str(recipe.seed),
         "layers": str(len(layers)),
         "settings": json.dumps(settings, sort_keys=True),
+        "objective": objective.refinements(recipe.objective),
+        "scheduler": json.dumps(dict(family.sampling), sort_keys=True) if family.sampling else "",
     }
     spec = {
         "sai_model_spec": "1.0.1",
@@ -49,7 +52,7 @@ def describe(
         "implementation": "diffusers",
         "title": title(recipe),
         "resolution": f"{side}x{side}",
-        "prediction_type": "v" if prediction(family) == "v_prediction" else prediction(family),
+        "prediction_type": {"v_prediction": "v", "flow_prediction": ""}.get(prediction(family), prediction(family)),
         "trigger_phrase": ", ".join(triggers(recipe)),
         "usage_hint": usage(recipe),
     }
@@ -74,6 +77,7 @@ def _kohya(layers: Sequence[Layer], width: int, family: ModelFamily, recipe: Rec
         "ss_steps": str(recipe.train.total_steps),
         "ss_v2": str(width == 1024),
         "ss_base_model_version": base_version(width, prediction(family)),
+        **objective.kohya(recipe.objective),
     }
 
 
@@ -124,7 +128,17 @@ def prompt_width(layers: Sequence[Layer], family: ModelFamily) -> int:
 
 def prediction(family: ModelFamily) -> str:
     """What the denoiser predicts, in diffusers' words."""
-    return str(getattr(family.objective, "prediction", "epsilon"))
+    return family.objective.prediction
+
+
+def sampling(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of the scheduler that a file must be sampled with, where its header says them as ``describe`` does."""
+    try:
+        said = json.loads(metadata.get(f"{OWN}scheduler", "{}"))
+    except ValueError:
+        return {}
+    kinds = {"prediction_type": str, "rescale_betas_zero_snr": bool, "timestep_spacing": str}
+    return {key: said[key] for key, kind in kinds.items() if isinstance(said, dict) and isinstance(said.get(key), kind)}
 
 
 def base_version(width: int, predicted: str) -> str:

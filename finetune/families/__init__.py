@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from finetune.config.objective import ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError, nearest
 from finetune.family import ModelFamily
+from finetune.objectives import refined
 
 EMBEDDED = "tinyworld"
 GROUP = "finetune.families"
@@ -39,22 +41,24 @@ def families() -> Mapping[str, Any]:
 
 
 def load_family(
-    config: ModelConfig, min_snr_gamma: float | None = None, device: torch.device | str = "cpu"
+    config: ModelConfig, objective: ObjectiveConfig | None = None, device: torch.device | str = "cpu"
 ) -> ModelFamily:
     """The family of a base model, with no network in memory yet.
 
     Args:
         config: names a folder, a hub model or the embedded one. A folder is never looked for on a network.
-        min_snr_gamma: as in ``finetune.objective.DDPM``.
+        objective: what the recipe changes of what the base was trained on; nothing where it is not given.
         device: where its networks are put when they are required.
 
     Raises:
-        UserError: there is no such model, or no family knows its architecture.
+        UserError: there is no such model, no family knows its architecture, or ``objective`` does not fit it.
     """
     folder = model_folder(config)
     disable_progress_bar()  # of transformers, one per file loaded: it would tear the run's own
     kind = _named(config.family) if config.family else _detect(folder)
-    family: ModelFamily = kind(folder, source=config.path, min_snr_gamma=min_snr_gamma)
+    family: ModelFamily = kind(folder, source=config.path)
+    family.objective = refined(family.process, objective or ObjectiveConfig())
+    family.sampling = family.objective.sampling
     family.device = torch.device(device)
     family.prompt_chunks = config.prompt_chunks
     return family

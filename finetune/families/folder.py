@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
+from finetune.families.schedulers import with_settings
 from finetune.family import ExportNames, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
+from finetune.objectives import Denoising, Process, process_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class DiffusersFolder(ABC):
         source: what a recipe's ``model.path`` calls the model.
 
     Raises:
-        UserError: a part is missing.
+        UserError: a part is missing, or the scheduler is none that can be trained with.
     """
 
     name: ClassVar[str]
@@ -67,6 +69,12 @@ class DiffusersFolder(ABC):
     space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
     """Why there is no ``shared_space``; None where there is one."""
 
+    time_unit: ClassVar[float] = 1000.0
+    """Of flow matching: the denoiser is told so many times ``sigma``."""
+    patch: ClassVar[int] = 2
+    """Latent cells along a side of an image token, where the denoiser has tokens."""
+
+    process: Process
     objective: Objective
     sites: Sites
     export_names: Mapping[str, ExportNames]
@@ -78,6 +86,7 @@ class DiffusersFolder(ABC):
         self.networks = nn.ModuleDict()
         self.device = torch.device("cpu")
         self.prompt_chunks = 1
+        self.sampling: Mapping[str, Any] = {}
         self.text_encoders: Sequence[str] = tuple(name for name, part in self.parts.items() if part.tokenizer)
         for network, part in self.parts.items():
             if not (folder / part.subfolder / "config.json").is_file():
@@ -85,16 +94,19 @@ class DiffusersFolder(ABC):
         self.settings = {name: read_json(folder / part.subfolder / "config.json") for name, part in self.parts.items()}
         self.latent_channels: int = self.settings["vae"].get("latent_channels", 4)
         self.latent_scale: int = 2 ** (len(self.settings["vae"]["block_out_channels"]) - 1)
+        self.process = process_of(self.scheduler(), folder / "scheduler", unit=self.time_unit, patch=self.patch)
+        self.objective = Denoising(self.process)
         self.tokenizers = {
             name: load_tokenizer(folder, self.parts[name].tokenizer or "") for name in self.text_encoders
         }
         self.vocabularies = {name: Vocabulary(one, name) for name, one in self.tokenizers.items()}
 
     def scheduler(self) -> Any:
-        """A fresh copy of the folder's scheduler, of diffusers' class that it names."""
+        """A fresh copy of the folder's scheduler, with the settings of ``sampling``."""
         kind = read_json(self.folder / "scheduler" / "scheduler_config.json")["_class_name"]
         found = getattr(importlib.import_module("diffusers"), kind)
-        return found.from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+        own = found.from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+        return with_settings(own, self.sampling)
 
     def require(self, *networks: str) -> None:
         """Load the named networks in float32 onto ``device`` where they are not in memory, frozen, in ``eval()``."""

@@ -21,10 +21,6 @@ from finetune.family import ExportNames, Sites, Unsupported
 class SD(UNetFolder):
     """A folder in the layout of ``StableDiffusionPipeline``.
 
-    Args:
-        min_snr_gamma: as in ``finetune.objective.DDPM``. How latents are spoiled and what is predicted is read from
-            the folder's scheduler.
-
     Raises:
         UserError: a part is missing, or the scheduler is none that this family trains with.
     """
@@ -39,9 +35,8 @@ class SD(UNetFolder):
         "text_encoder": Part("text_encoder", "transformers.CLIPTextModel", tokenizer="tokenizer"),
     }
 
-    def __init__(self, folder: Path, source: str | None = None, min_snr_gamma: float | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
-        self.objective = unet.ddpm(folder, self.scheduler(), min_snr_gamma)
         self.tokenizer = self.tokenizers["text_encoder"]
         self.sites = Sites(
             linears=unet.linears(self.text_encoders),

@@ -25,9 +25,6 @@ _UNSHARED = Unsupported("it reads states from within its CLIPs, and not what the
 class SDXL(UNetFolder):
     """A folder in the layout of ``StableDiffusionXLPipeline``.
 
-    Args:
-        min_snr_gamma: as in ``finetune.objective.DDPM``.
-
     Raises:
         UserError: a part is missing, it is a refiner, or the scheduler is none that this family trains with.
     """
@@ -43,7 +40,7 @@ class SDXL(UNetFolder):
         "text_encoder_2": Part("text_encoder_2", "transformers.CLIPTextModelWithProjection", tokenizer="tokenizer_2"),
     }
 
-    def __init__(self, folder: Path, source: str | None = None, min_snr_gamma: float | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None) -> None:
         index = read_json(folder / "model_index.json")
         if index.get("requires_aesthetics_score") or index.get("text_encoder", [None])[0] is None:
             raise UserError(
@@ -51,7 +48,6 @@ class SDXL(UNetFolder):
                 "own; train the base model"
             )
         super().__init__(folder, source)
-        self.objective = unet.ddpm(folder, self.scheduler(), min_snr_gamma)
         self.sites = Sites(
             linears=unet.linears(self.text_encoders),
             selections=unet.selections(self.text_encoders),

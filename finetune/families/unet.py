@@ -17,7 +17,6 @@ from finetune.errors import UserError
 from finetune.families import long_prompts
 from finetune.families.folder import DiffusersFolder, Part
 from finetune.family import Unsupported, Vocabulary
-from finetune.objective import DDPM
 
 READERS = ("attn2.to_k", "attn2.to_v")
 """Layers that read the prompt."""
@@ -117,24 +116,6 @@ class UNetFolder(DiffusersFolder):
     def _vocabulary(self) -> Vocabulary:
         """The first encoder's, which cuts texts as the others do."""
         return self.vocabularies[self.text_encoders[0]]
-
-
-def ddpm(folder: Path, scheduler: Any, min_snr_gamma: float | None) -> DDPM:
-    """What the model was trained on, as its scheduler says it.
-
-    Raises:
-        UserError: the scheduler is none of discrete-time diffusion, or contradicts its prediction.
-    """
-    table, prediction = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
-    if table is None or prediction not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(f"{folder / 'scheduler'}: {type(scheduler).__name__} with prediction {prediction!r} is unknown")
-    # some samplers replace the zero by a tiny number, so the table alone does not tell
-    if prediction == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
-        raise UserError(
-            f"{folder / 'scheduler'}: epsilon prediction cannot be trained with zero terminal SNR; "
-            "the model needs prediction_type v_prediction"
-        )
-    return DDPM(table.float(), prediction, min_snr_gamma)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from finetune.config.adapters import (
     PivotalConfig,
     new_words,
 )
+from finetune.config.objective import SnrWeighting
 from finetune.config.schema import ImagesPrior, ModelPrior
 from finetune.config.summary import summary
 from finetune.data import sources
@@ -54,7 +55,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         UserError: everything that is wrong with the pictures, or doubtful of them with ``data.strict``, or a model,
             resolution or layer pattern that does not fit. Training would find the same.
     """
-    family = load_family(recipe.model)
+    family = load_family(recipe.model, recipe.objective)
     check_resolution(recipe, family)
     found = sources.scan(recipe.data, captioned=recipe.adapter.kind != "aesthetic", words=new_words(recipe.adapter))
     fill(family, model_folder(recipe.model))
@@ -247,6 +248,9 @@ def _notes(recipe: Recipe) -> Iterator[str]:
         yield "captions are not cached, because the text encoder trains"
     if isinstance(prior, ImagesPrior | ModelPrior) and prior.weight == 0:
         yield f"prior {prior.kind!r} has weight 0: it costs as much as ever and preserves nothing"
+    weighting = recipe.objective.weighting
+    if recipe.objective.zero_terminal_snr and isinstance(weighting, SnrWeighting) and not weighting.least:
+        yield f"weighting {weighting.kind!r} gives v-prediction's last timestep no weight: `least` keeps it learning"
     if train.schedule.warmup_steps == train.steps:
         yield "the warm-up lasts until the end: the learning rate is reached in the last step"
     if recipe.samples.every and recipe.samples.every > train.steps:

@@ -51,6 +51,7 @@ class Fake:
     def __init__(self, weights: str = "a", words: int = 12) -> None:
         self.weights, self.words = weights, words
         self.networks = nn.ModuleDict()
+        self.sampling: dict[str, Any] = {}
         self.pictures = 0  # encoded
         self.captions: list[str] = []  # encoded
         self.drawn: list[int] = []  # sizes of the batches that the pipeline was asked for

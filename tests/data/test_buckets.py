@@ -18,7 +18,7 @@ from finetune.config.schema import Recipe
 from finetune.data import Batches, prepare
 from finetune.denoise import denoising_error
 from finetune.errors import UserError
-from finetune.objective import DDPM
+from finetune.objectives import DDPM, Denoising
 
 Make = Callable[..., Recipe]
 BUCKETS: dict[str, Any] = {"buckets": {"step": 4}}
@@ -44,7 +44,7 @@ def taken(batches: Batches, count: int, first: int = 0) -> list[Batch]:
 class Teller:
     """A family whose denoiser answers the latents that it sees, and remembers their shapes."""
 
-    objective = DDPM(torch.linspace(0.99, 0.01, 10))
+    objective = Denoising(DDPM(torch.linspace(0.99, 0.01, 10)))
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []

@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 
 from finetune.batch import Batch
+from finetune.config.objective import MinSnrWeighting, ObjectiveConfig
 from finetune.config.schema import ModelConfig, Recipe, SamplerConfig
 from finetune.data import prepare
-from finetune.denoise import denoising_error, pairwise_loss
+from finetune.denoise import denoising_error, pairwise_loss, spoil
 from finetune.families import load_family
-from finetune.objective import DDPM
+from finetune.objectives import DDPM, refined
 from finetune.randomness import generator
 from finetune.sampling import draw
 
 Make, Folder = Callable[..., Recipe], Callable[..., Path]
 PRIOR = {"kind": "images", "count": 4}
+MIN_SNR = ObjectiveConfig(weighting=MinSnrWeighting(kind="min_snr", gamma=5.0))
 
 
 def half(batch: Batch, prior: bool) -> Batch:
@@ -47,19 +49,18 @@ def test_1_min_snr_weighs_both_halves_by_their_own_times(
     base: str, batch_size: int, make_recipe: Make, folder: Folder, request: pytest.FixtureRequest
 ) -> None:
     model = {"path": str(request.getfixturevalue(base))}
-    recipe = make_recipe(folder(4), prior=PRIOR, model=model, train={"batch_size": batch_size, "min_snr_gamma": 5.0})
-    weighted, plain = (load_family(ModelConfig(**model), gamma) for gamma in (5.0, None))
+    recipe = make_recipe(folder(4), prior=PRIOR, model=model, train={"batch_size": batch_size})
+    weighted, plain = (load_family(ModelConfig(**model), objective) for objective in (MIN_SNR, None))
     batch = next(iter(prepare(recipe, weighted)))
     plain.require("denoiser")
     errors = denoising_error(plain, batch, recipe.seed)
-    names = zip(batch.ids, batch.draws, strict=True)
-    times = weighted.objective.timesteps([generator(recipe.seed, "timestep", *name) for name in names])
+    times = spoil(weighted, batch, recipe.seed).timesteps
     assert len(times) == len(batch) == 2 * batch_size
-    objective = weighted.objective
-    assert isinstance(objective, DDPM)
-    kept = objective.alphas_cumprod[times]
+    process = weighted.process
+    assert isinstance(process, DDPM)
+    kept = process.alphas_cumprod[times]
     snr = kept / (1 - kept)
-    weights = snr.clamp(max=5.0) / (snr if objective.prediction == "epsilon" else snr + 1)
+    weights = snr.clamp(max=5.0) / (snr if process.prediction == "epsilon" else snr + 1)
     loss = pairwise_loss(denoising_error(weighted, batch, recipe.seed), batch.prior, 1.0)
     torch.testing.assert_close(loss.instance, (weights * errors)[~batch.prior].mean())
     torch.testing.assert_close(loss.prior, (weights * errors)[batch.prior].mean())
@@ -97,8 +98,7 @@ def test_3_class_images_have_their_own_geometry(make_recipe: Make, tmp_path: Pat
 def test_4_min_snr_of_v_prediction_divides_by_snr_plus_one() -> None:
     kept = torch.tensor([0.999, 0.5, 0.01])
     snr = kept / (1 - kept)
-    latents = torch.zeros(3, 4, 2, 2)
-    weight = DDPM(kept, "v_prediction", 5.0).spoil(latents, latents, torch.arange(3)).weight
+    weight = refined(DDPM(kept, "v_prediction"), MIN_SNR).weigh(torch.arange(3))
     torch.testing.assert_close(weight, snr.clamp(max=5.0) / (snr + 1))
     assert not torch.allclose(weight, snr.clamp(max=5.0) / snr + 1), "the form that a script of others has"
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.config.objective import MinSnrWeighting, ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import families, load_family, model_folder
 from finetune.families.tiny import write_tiny_sd
+from finetune.objectives import DDPM, Denoising
 
 
 @pytest.fixture
@@ -46,7 +48,10 @@ def test_the_embedded_model_has_a_name() -> None:
 
 
 def test_min_snr_reaches_the_objective(tiny_sd: Path) -> None:
-    assert load_family(ModelConfig(path=str(tiny_sd)), min_snr_gamma=5.0).objective.min_snr_gamma == 5.0  # type: ignore[attr-defined]
+    weighted = load_family(ModelConfig(path=str(tiny_sd)), ObjectiveConfig(weighting=MinSnrWeighting(kind="min_snr")))
+    assert isinstance(weighted.objective, Denoising) and isinstance(weighted.process, DDPM)
+    times = torch.tensor([100])
+    torch.testing.assert_close(weighted.objective.weigh(times), 5 / weighted.process.snr(times))
 
 
 @pytest.mark.parametrize("missing", ["modle", "modle/deeper"])

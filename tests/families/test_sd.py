@@ -117,16 +117,16 @@ def test_the_own_pipeline_draws_the_same_picture(folder: Path) -> None:
 
 def test_objective_is_the_schedulers(tiny_sd: Path, tiny_sd_v: Path) -> None:
     for folder, prediction in ((tiny_sd, "epsilon"), (tiny_sd_v, "v_prediction")):
-        objective = load(folder).objective
-        assert objective.prediction == prediction
-        assert torch.equal(objective.alphas_cumprod, pipeline(folder).scheduler.alphas_cumprod)
-        assert float(objective.alphas_cumprod[0]) == pytest.approx(0.99915, abs=1e-5)
+        process = load(folder).process
+        assert process.prediction == prediction
+        assert torch.equal(process.alphas_cumprod, pipeline(folder).scheduler.alphas_cumprod)
+        assert float(process.alphas_cumprod[0]) == pytest.approx(0.99915, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_objective_does_not_depend_on_the_sampler(tiny_sd: Path, editable: Path, kind: str) -> None:
     change_json(editable / "scheduler/scheduler_config.json", _class_name=kind)
-    assert torch.equal(load(editable).objective.alphas_cumprod, load(tiny_sd).objective.alphas_cumprod)
+    assert torch.equal(load(editable).process.alphas_cumprod, load(tiny_sd).process.alphas_cumprod)
 
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler"])

@@ -35,7 +35,8 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     for layout, name in file_names(recipe).items():
         path = folder / name
         if layout == MODEL:
-            written.append(write_model(weights, base, path, names, dtype))
+            scheduler = family.scheduler() if family.sampling else None
+            written.append(write_model(weights, base, path, names, dtype, scheduler))
         else:
             written.append(write_delta(weights, base, path, names, dtype, _header(weights, family, recipe)))
     return written
