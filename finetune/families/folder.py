@@ -79,6 +79,9 @@ class DiffusersFolder(ABC):
     patch: ClassVar[int] = 2
     """Latent cells along a side of an image token, where the denoiser has tokens."""
 
+    guidance: float | None = None
+    """What a guidance-distilled denoiser is told in training."""
+
     process: Process
     objective: Objective
     sites: Sites
