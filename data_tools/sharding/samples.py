@@ -48,12 +48,12 @@ def read(folder: Path, listed: Listed, key: str, masks: Path | None) -> Sample:
         listed.name.encode()
     except UnicodeEncodeError:
         raise UserError(f"{str(path)!r}: has a name that is not UTF-8; rename the file") from None
-    content = decoding.read(path)
+    content, text = decoding.read(path), captions.sidecar(path)
     return Sample(
         key,
         listed.name,
         content,
-        listed.captions or captions.read_sidecar(path) or ("",),
+        listed.captions or (captions.read_sidecar(text) if text else ()) or ("",),
         decoding.read(mask_of(listed.name, masks)) if masks else b"",
         hashlib.sha256(content).hexdigest(),
     )
