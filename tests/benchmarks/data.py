@@ -285,7 +285,7 @@ def photographs(folder: Path, kind: str, scale: float, count: int) -> list[Path]
     content = b""
     for number, path in enumerate(paths):
         if number < 2 or suffix == ".png":  # drawing them takes longer than all else: two are enough of each kind
-            rng = np.random.default_rng([number % 2, width])
+            rng = np.random.default_rng([number, width])
             values = sum(_layer(rng, side, size) for side in (2, 4, 8, 16, 32, 64, 128, 256)) / 4 + rng.normal(
                 0, 5, (*size[::-1], 3)
             )
