@@ -118,10 +118,19 @@ class Sites:
     )
     unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Text encoders whose layers train where a recipe asks for it: those that the presets know."""
+        return tuple(name for name in next(iter(self.linears.values())) if name != "denoiser")
+
     def read(self, network: str, names: Iterable[str]) -> list[str]:
         """Those of a network's ``names`` that have a part in the denoiser's answer."""
         patterns = self.unread.get(network, ())
         return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+
+KOHYA = ("kohya", "difference", "bundle")
+"""Layouts whose keys are kohya's."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +139,22 @@ class ExportNames:
 
     Attributes:
         diffusers: component in diffusers' LoRA files ("unet", "text_encoder").
-        kohya: prefix in kohya's files ("lora_unet", "lora_te").
+        kohya: prefix in kohya's files ("lora_unet", "lora_te"), or "" where no layout of theirs is written for the
+            family.
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
     """
 
     diffusers: str
-    kohya: str
+    kohya: str = ""
     missing_level: str = ""
     words: str = ""
+
+
+def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
+    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them."""
+    return tuple(layout for layout in layouts if names["denoiser"].kohya or layout not in KOHYA)
 
 
 class ModelFamily(Protocol):

@@ -41,13 +41,13 @@ class Full(Adapter):
         self.family = family
         self.parameters: dict[str, nn.Parameter] = {}
         self._original: dict[str, Tensor] | None = None
-        family.require("denoiser", *(family.text_encoders if config.text_encoder else []))
+        family.require("denoiser", *(family.sites.text_encoders if config.text_encoder else []))
         family.networks.requires_grad_(False)
         self._select("denoiser", config.select)
         if config.text_encoder:
             # patterns of one's own are about the denoiser
             preset = config.select if config.select in family.sites.selections else "all"
-            for network in family.text_encoders:
+            for network in family.sites.text_encoders:
                 self._select(network, preset)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)

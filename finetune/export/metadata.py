@@ -121,7 +121,7 @@ def prompt_width(layers: Sequence[Layer], family: ModelFamily) -> int:
     """Size of a prompt's token vectors, which tells SD 1 (768) from SD 2 (1024); 0 where it cannot be told."""
     if "denoiser" in family.networks:
         settings: Any = family.networks["denoiser"]
-        return int(settings.config.cross_attention_dim)
+        return int(settings.config.get("cross_attention_dim") or 0)
     widths = [layer.down.shape[1] for layer in layers if layer.module.endswith(("attn2.to_k", "attn2.to_v"))]
     return widths[0] if widths else 0
 

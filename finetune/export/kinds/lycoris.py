@@ -25,7 +25,7 @@ from finetune.export.lycoris import Change, changes
 from finetune.export.merge import merge
 from finetune.export.metadata import OWN, describe, prompt_width, side_file
 from finetune.export.read import Identity, identify, read_tensors
-from finetune.family import ExportNames, ModelFamily
+from finetune.family import ExportNames, ModelFamily, writable
 from finetune.files import write_json, write_tensors
 
 LAYOUTS = ("peft", "kohya")
@@ -36,7 +36,7 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     """``<run>-peft.safetensors``, and of LoKr and LoHa ``<run>.safetensors`` with its card."""
     found = changes(weights)
     paths = []
-    for layout, name in file_names(recipe, weights.settings["algorithm"]).items():
+    for layout, name in file_names(recipe, weights.settings["algorithm"], family.export_names).items():
         tensors = _pack(layout, found, family, getattr(torch, recipe.export.dtype))
         path = folder / name
         write_file(path, tensors, _header(layout, found, weights, family, recipe))
@@ -123,12 +123,12 @@ def read(found: Identity, names: Mapping[str, ExportNames]) -> Weights:
     return Weights("lycoris", held, settings)
 
 
-def file_names(recipe: Recipe, algorithm: str) -> dict[str, str]:
-    """What the files of a recipe are called, by layout."""
+def file_names(recipe: Recipe, algorithm: str, names: Mapping[str, ExportNames]) -> dict[str, str]:
+    """What the files of a recipe are called, by layout, for a family of these names."""
     run = Path(recipe.output).absolute().name
     possible = LAYOUTS if algorithm != "oft" else ("peft",)  # OFT of LyCORIS' tools turns outputs, not inputs
-    names = {"peft": f"{run}-peft.safetensors", "kohya": f"{run}.safetensors"}
-    return {layout: names[layout] for layout in wanted(recipe, possible)}
+    files = {"peft": f"{run}-peft.safetensors", "kohya": f"{run}.safetensors"}
+    return {layout: files[layout] for layout in wanted(recipe, writable(possible, names))}
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
