@@ -210,7 +210,8 @@ def _start(token: TokenConfig, tokenizer: Any, table: Tensor, seed: int, network
 
 
 def _known(word: str, token: TokenConfig, tokenizer: Any) -> int:
-    ids = tokenizer(word, add_special_tokens=False).input_ids
+    # as it stands in a sentence: vocabularies that keep spaces know most words with the space before them
+    ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
     if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
         pieces = " + ".join(piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids))
         words = {name.removesuffix("</w>") for name in tokenizer.get_vocab() if name.endswith("</w>")}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapter import Adapter, ParameterGroup, Weights
-from finetune.adapters.select import check_same, select
+from finetune.adapters.select import check_same, networks, select
 from finetune.config.adapters import FullConfig
 from finetune.errors import UserError
 from finetune.family import ModelFamily, Unsupported
@@ -41,14 +41,16 @@ class Full(Adapter):
         self.family = family
         self.parameters: dict[str, nn.Parameter] = {}
         self._original: dict[str, Tensor] | None = None
-        family.require("denoiser", *(family.sites.text_encoders if config.text_encoder else []))
+        denoiser, *text_encoders = trained = networks(family, config.text_encoder)
+        if config.detach_start and isinstance(family.sites.readers, Unsupported):
+            raise UserError(f"adapter.detach_start: {family.name} has no place for it: {family.sites.readers.reason}")
+        family.require(*trained)
         family.networks.requires_grad_(False)
-        self._select("denoiser", config.select)
-        if config.text_encoder:
-            # patterns of one's own are about the denoiser
-            preset = config.select if config.select in family.sites.selections else "all"
-            for network in family.sites.text_encoders:
-                self._select(network, preset)
+        self._select(denoiser, config.select)
+        # patterns of one's own are about the denoiser
+        preset = config.select if config.select in family.sites.selections else "all"
+        for network in text_encoders:
+            self._select(network, preset)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         if config.detach_start:
@@ -132,8 +134,7 @@ class Full(Adapter):
 def _detach_start(family: ModelFamily) -> None:
     """Let no gradient through what the layers that read the prompt make of its first token. Answers stay the same."""
     readers = family.sites.readers
-    if isinstance(readers, Unsupported):
-        raise UserError(f"adapter.detach_start: {family.name} has no place for it: {readers.reason}")
+    assert not isinstance(readers, Unsupported)
     for name, layer in family.networks["denoiser"].named_modules():
         if name.endswith(readers):
             layer.register_forward_hook(_without_start)

@@ -57,7 +57,9 @@ def load_family(
     disable_progress_bar()  # of transformers, one per file loaded: it would tear the run's own
     kind = _named(config.family) if config.family else _detect(folder)
     if config.prompt_chunks > 1 and kind.chunks is not None:
-        raise UserError(f"model.prompt_chunks: must be 1 for {kind.name}, not {config.prompt_chunks}: {kind.chunks.reason}")
+        raise UserError(
+            f"model.prompt_chunks: must be 1 for {kind.name}, not {config.prompt_chunks}: {kind.chunks.reason}"
+        )
     family: ModelFamily = kind(folder, source=config.path)
     family.objective = refined(family.process, objective or ObjectiveConfig())
     family.sampling = family.objective.sampling

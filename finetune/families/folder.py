@@ -92,6 +92,7 @@ class DiffusersFolder(ABC):
         self.device = torch.device("cpu")
         self.prompt_chunks = 1
         self.sampling: Mapping[str, Any] = {}
+        self.components = {network: part.subfolder for network, part in self.parts.items()}
         self.text_encoders: Sequence[str] = tuple(name for name, part in self.parts.items() if part.tokenizer)
         for network, part in self.parts.items():
             if not (folder / part.subfolder / "config.json").is_file():
@@ -156,7 +157,7 @@ class DiffusersFolder(ABC):
             part = self.parts[network]
             folders = [part.subfolder, *([part.tokenizer] if part.tokenizer else [])]
             for file in sorted(file for name in folders for file in (self.folder / name).iterdir()):
-                if file.suffix in {".json", ".txt", ".safetensors", ".model"}:
+                if file.suffix in {".json", ".txt", ".jinja", ".safetensors", ".model"}:
                     status = file.stat()
                     content = _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
                     digest.update(f"{file.name} {content}\n".encode())
@@ -203,6 +204,10 @@ class DiffusersFolder(ABC):
             if network in self.networks:
                 # non-reentrant: gradients then reach the weights although no input asks for one
                 self.networks[network].gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def guidance(self, scale: float) -> dict[str, Any]:
+        """As most pipelines call it."""
+        return {"guidance_scale": scale}
 
     def pipeline(self) -> Any:
         """An ordinary pipeline around the networks in memory, with a fresh scheduler from the folder."""

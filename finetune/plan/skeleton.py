@@ -43,8 +43,7 @@ def skeleton(folder: Path, component: str) -> nn.Module:
 
 def fill(family: ModelFamily, folder: Path) -> None:
     """Put skeletons in the place of all networks of ``family``."""
-    components = {network: names.diffusers for network, names in family.export_names.items()} | {"vae": "vae"}
-    for network, component in components.items():
+    for network, component in family.components.items():
         family.networks[network] = skeleton(folder, component)
 
 

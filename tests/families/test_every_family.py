@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,30 +49,32 @@ class Watched:
         network.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, network: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        names = list(network.forward.__code__.co_varnames[1:])
+        names = list(inspect.signature(network.forward).parameters)
         asked = {**dict(zip(names, args, strict=False)), **kwargs}
         self.calls.append((asked, flat(output)[0]))
 
 
-def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily) -> None:
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (SIDE, 2 * SIDE)])
+def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily, size: tuple[int, int]) -> None:
     family.require(*family.text_encoders, "denoiser", "vae")
     pipeline: Any = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    channels = family.networks["vae"].config.latent_channels  # type: ignore[union-attr]
-    cells = SIDE // family.latent_scale
-    noise = torch.randn(1, channels, cells, cells, generator=generator(0, "noise"))
+    channels = family.latent_channels
+    height, width = size
+    cells = (height // family.latent_scale, width // family.latent_scale)
+    noise = torch.randn(1, channels, *cells, generator=generator(0, "noise"))
     watched = Watched(family.networks["denoiser"])
     with torch.no_grad():
         pipeline(
             CAPTIONS[0],
-            height=SIDE,
-            width=SIDE,
+            height=height,
+            width=width,
             latents=PACKED.get(family.name, lambda _, latents: latents)(pipeline, noise),
-            guidance_scale=1.0,
+            **family.guidance(1.0),
             num_inference_steps=1,
             output_type="latent",
         )
-        geometry = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]])
+        geometry = torch.tensor([[height, width, 0, 0, height, width]])
         time = pipeline.scheduler.timesteps[:1]
         answer = family.predict(noise, time, family.encode_prompt(CAPTIONS[:1]), geometry)
     (theirs, told), (ours, said) = watched.calls

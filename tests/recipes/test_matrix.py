@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from finetune.config import read_recipe
-from finetune.families import families
+from finetune.config.schema import ModelConfig
+from finetune.errors import UserError
+from finetune.families import families, load_family
 from finetune.families.support import support, table
+from finetune.plan import plan
 from recipes import dreambooth
 
 WriteRecipe = Callable[..., Path]
@@ -56,6 +59,22 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return twin
 
 
+def sections(method: str, twin: Path, folder: Path) -> dict[str, Any]:
+    """A recipe for a method; text encoders train wherever they can."""
+    trains = bool(load_family(ModelConfig(path=str(twin))).sites.text_encoders)
+    captions = {"prompt": "a photo of <zib> star", "captions": "prompt", "trigger": "<zib>"}
+    return {
+        "model": {"path": str(twin)},
+        "adapter": {key: trains if key == "text_encoder" else value for key, value in METHODS[method].items()},
+        "data": {
+            "resolution": 16,
+            "concepts": [{"folder": str(folder / "subject"), "class_prompt": "a photo of a star", **captions}],
+            "cache": {"folder": str(folder / "cache")},
+        },
+        "prior": {"kind": "none"},
+    }
+
+
 def exported(run: Path) -> dict[str, bytes]:
     """All tensor files below ``adapters``, without their headers, which name the run."""
     from finetune.export.read import read_tensors
@@ -71,17 +90,8 @@ def exported(run: Path) -> dict[str, bytes]:
 def test_a_method_works_in_a_family(
     name: str, method: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    captions = {"prompt": "a photo of <zib> star", "captions": "prompt", "trigger": "<zib>"}
-    data = {
-        "resolution": 16,
-        "concepts": [{"folder": str(tmp_path / "subject"), "class_prompt": "a photo of a star", **captions}],
-        "cache": {"folder": str(tmp_path / "cache")},
-    }
     path = write_recipe(
-        model={"path": str(twins(name))},
-        adapter=METHODS[method],
-        data=data,
-        prior={"kind": "none"},
+        **sections(method, twins(name), tmp_path),
         train={"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "threads": 1},
         checkpoint={"every": 2, "keep": 3},
     )
@@ -95,6 +105,28 @@ def test_a_method_works_in_a_family(
     assert exported(run) == whole
 
 
+@pytest.mark.parametrize("name", families())
+def test_a_recipe_is_planned_without_weights(
+    name: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    found = plan(read_recipe(write_recipe(**sections("lora", twins(name), tmp_path))))
+    assert all(size > 0 for size in found.networks.values())
+    assert {"denoiser", "vae", "text_encoder"} <= found.networks.keys()
+    assert "adapters/pytorch_lora_weights.safetensors" in found.output.files
+    assert found.memory.parts["activations of 2 pictures"] > 0
+
+
+@pytest.mark.parametrize("name", families())
+def test_a_layout_without_names_is_refused_before_anything_is_drawn(
+    name: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    if load_family(ModelConfig(path=str(twins(name)))).export_names["denoiser"].kohya:
+        pytest.skip("has all layouts")
+    asked = sections("lora", twins(name), tmp_path) | {"export": {"formats": ["diffusers", "kohya"]}}
+    with pytest.raises(UserError, match=f"export.formats: {name} has no files of layout 'kohya'; it has diffusers"):
+        dreambooth.main(read_recipe(write_recipe(**asked)))
+
+
 @pytest.mark.parametrize(
     ("name", "method", "why"),
     [(name, method, why) for name, family in families().items() for method, why in support(family).items() if why],
@@ -102,10 +134,6 @@ def test_a_method_works_in_a_family(
 def test_what_has_no_place_is_refused_with_the_reason(
     name: str, method: str, why: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    from finetune.config.schema import ModelConfig
-    from finetune.errors import UserError
-    from finetune.families import load_family
-
     family = load_family(ModelConfig(path=str(twins(name))))
     if method == "aesthetic":
         from finetune.aesthetic import require_space
@@ -113,9 +141,9 @@ def test_what_has_no_place_is_refused_with_the_reason(
         with pytest.raises(UserError) as caught:
             require_space(family)
     else:
-        adapter = {"adapter": METHODS[method], "prior": {"kind": "none"}, "model": {"path": str(twins(name))}}
+        path = write_recipe(**sections(method, twins(name), tmp_path))
         with pytest.raises(UserError) as caught:
-            dreambooth.main(read_recipe(write_recipe(**adapter)))
+            dreambooth.main(read_recipe(path))
     assert why in str(caught.value)
 
 
