@@ -120,14 +120,15 @@ def check_fit(recipe: Recipe, family: ModelFamily) -> None:
     Raises:
         UserError: a resolution does not divide into the denoiser's cells, or there are no files of a layout.
     """
-    _check_resolution(recipe, family)
+    check_resolution(recipe, family)
     asked, names = recipe.export.formats or (), family.export_names
     if lacking := [layout for layout in asked if layout not in writable(asked, names)]:
         there = ", ".join(writable(FORMATS[recipe.adapter.kind], names))
         raise UserError(f"export.formats: {family.name} has no files of layout {lacking[0]!r}; it has {there}")
 
 
-def _check_resolution(recipe: Recipe, family: ModelFamily) -> None:
+def check_resolution(recipe: Recipe, family: ModelFamily) -> None:
+    """Refuse a resolution that does not divide into the denoiser's cells."""
     data, multiple = recipe.data, family.pixel_multiple
     # class images and previews are squares, and all sides of buckets are multiples of their step
     others = {"buckets.step": [data.buckets.step]} if data.buckets else {"more_resolutions": data.more_resolutions}

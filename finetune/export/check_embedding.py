@@ -135,12 +135,9 @@ def _place(family: ModelFamily, vocabulary: Vocabulary, token: str, rows: Tensor
 def _load(pipeline: Any, word: Stored) -> str:
     with quiet():
         load_word(pipeline, word)
-    own = hasattr(pipeline, "load_textual_inversion")
-    return (
-        f"{type(pipeline).__name__}.load_textual_inversion"
-        if own
-        else "tokenizers and tables, which it has no loader for"
-    )
+    if not hasattr(pipeline, "load_textual_inversion"):
+        return "into tokenizers and tables: the pipeline has no loader"
+    return f"{type(pipeline).__name__}.load_textual_inversion"
 
 
 def _same(pipeline: Any, prompts: list[str], family: ModelFamily) -> str:
@@ -151,7 +148,7 @@ def _same(pipeline: Any, prompts: list[str], family: ModelFamily) -> str:
         asked = {"prompt": [prompt], "device": wanted.tokens.device, "num_images_per_prompt": 1}
         asked |= {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}  # as the first
         got = pipeline.encode_prompt(**{name: value for name, value in asked.items() if name in known})
-        found = [one[0] for one in got if one is not None and len(one)]  # tensors or lists of them
+        found = [one[0] for one in got if one is not None and len(one)]  # of tensors or lists of them
         for tensor in (wanted.tokens, wanted.pooled):
             if tensor is not None and not any(torch.equal(one, tensor[0]) for one in found):
                 raise GuardError(f"{list(tensor.shape)} differs from what the family makes of {prompt!r}")

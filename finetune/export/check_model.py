@@ -12,7 +12,7 @@ from finetune.adapter import Weights
 from finetune.config.schema import ModelConfig
 from finetune.errors import GuardError
 from finetune.export.checks import Report, quiet
-from finetune.export.full import read_model, weight_files
+from finetune.export.full import read_model, weight_files, without
 from finetune.export.layers import check
 from finetune.export.read import read_header
 from finetune.family import ExportNames
@@ -66,8 +66,9 @@ def _same(held: Weights, weights: Weights) -> str:
 def _load(folder: Path, names: Mapping[str, ExportNames]) -> dict[str, nn.Module]:
     from diffusers import DiffusionPipeline
 
+    absent = dict.fromkeys(without(folder))  # diffusers asks to be told of each, safety checkers aside
     with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **absent)
     return {network: getattr(pipeline, called.diffusers) for network, called in names.items()}
 
 

@@ -1,4 +1,4 @@
-"""New words put into a diffusers pipeline: into each of its text encoders, by diffusers' own loader where there is one."""
+"""New words put into each text encoder of a diffusers pipeline, by diffusers' own loader where there is one."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def load_family(
     kind = _named(config.family) if config.family else _detect(folder)
     if config.prompt_chunks > 1 and kind.chunks is not None:
         raise UserError(
-            f"model.prompt_chunks: must be 1 for {kind.name}, not {config.prompt_chunks}: {kind.chunks.reason}"
+            f"model.prompt_chunks: {config.prompt_chunks} has no place in {kind.name}: {kind.chunks.reason}"
         )
     family: ModelFamily = kind(folder, source=config.path)
     family.objective = refined(family.process, objective or ObjectiveConfig())

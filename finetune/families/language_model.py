@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from finetune.batch import Conditioning
 from finetune.families.folder import DiffusersFolder
 from finetune.family import Unsupported, Vocabulary
 
@@ -72,3 +73,11 @@ def ask(encoder: Any, told: Mapping[str, Sequence[Sequence[int]]]) -> Sequence[T
         input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
     ).hidden_states
     return states
+
+
+def apart(prompt: Conditioning) -> list[Tensor]:
+    """The tokens of each prompt, [T, D], without what makes them as long as the longest."""
+    whole = list(prompt.tokens.unbind(0))
+    return (
+        whole if prompt.lengths is None else [row[:length] for row, length in zip(whole, prompt.lengths, strict=True)]
+    )

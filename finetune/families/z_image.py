@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetune.batch import Conditioning
 from finetune.families.folder import Part
-from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
+from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, apart, ask
 from finetune.families.unet import NORMS
 from finetune.family import ExportNames, Sites
 
@@ -56,7 +56,7 @@ class ZImage(LanguageModelFolder):
             },
             readers=self.readers,
             vocabularies=list(self.vocabularies.values()),
-            # what stands for missing tokens: pictures and prompts of some sizes have none. And what reads other pictures
+            # what fills up pictures and prompts, of which some sizes have nothing to fill; what looks at other pictures
             unread={"denoiser": [r"^(x|cap)_pad_token$", r"^siglip_"]},
         )
         self.export_names = {"denoiser": ExportNames("transformer")}
@@ -82,14 +82,14 @@ class ZImage(LanguageModelFolder):
         return min(self.count(caption, words), self.length)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
-        """The transformer's answer, [B, C, h, w], for prompts of one length. It does not look at ``geometry``.
+        """The transformer's answer, [B, C, h, w]. It does not look at ``geometry``.
 
         The transformer counts time from noise, 0, to picture, 1, and answers with ``x0 - eps``.
         """
         answers = self.networks["denoiser"](
             list(noisy.unsqueeze(2).unbind(0)),
             (1000 - timesteps) / 1000,
-            list(prompt.tokens.unbind(0)),
+            apart(prompt),
             return_dict=False,
         )[0]
         return -torch.stack(answers).squeeze(2)

@@ -210,14 +210,12 @@ def _written(recipe: Recipe, adapter: AdapterConfig, names: Mapping[str, ExportN
             parts = [*_written(recipe, adapter.weights, names), *_written(recipe, adapter.embedding, names)]
             return [*parts, *pivotal.file_names(recipe, names).values()]
         case AestheticConfig():
-            baked = (
-                [f"baked/{name}" for name in lora.file_names(recipe, names).values()] if adapter.bake_prompts else []
-            )
-            return [*aesthetic.file_names(recipe).values(), *baked]
+            baked = lora.file_names(recipe, names).values() if adapter.bake_prompts else ()
+            return [*aesthetic.file_names(recipe).values(), *(f"baked/{name}" for name in baked)]
         case FullConfig():
             return [f"{name}/" if name == MODEL else name for name in full.file_names(recipe).values()]
         case EmbeddingConfig():
-            return embedding.file_names(recipe)
+            return embedding.file_names(recipe, names)
         case HypernetworkConfig():
             return list(hypernetwork.file_names(recipe).values())
         case LoraConfig():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ class Fake:
     pixel_multiple = 4
     prompt_chunks = 1
     text_encoders = ("text_encoder",)
-    export_names = {"denoiser": ExportNames("unet", "lora_unet")}
+    export_names: ClassVar = {"denoiser": ExportNames("unet", "lora_unet")}
 
     def __init__(self, weights: str = "a", words: int = 12) -> None:
         self.weights, self.words = weights, words

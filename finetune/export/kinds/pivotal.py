@@ -40,7 +40,10 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
 
 
 def layouts(recipe: Recipe, names: Mapping[str, ExportNames]) -> tuple[str, ...]:
-    """A bundle, unless the recipe asks for other files only or the family's names allow none. It holds no DoRA, whole weights or words with a dot."""
+    """A bundle, unless the recipe asks for other files only or the family's names allow none.
+
+    It holds no DoRA, whole weights or words with a dot.
+    """
     adapter = recipe.adapter
     if not isinstance(adapter, PivotalConfig) or not isinstance(adapter.weights, LoraConfig):
         return ()
