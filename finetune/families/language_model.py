@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune.batch import Conditioning
 from finetune.families.folder import DiffusersFolder
+from finetune.families.two_streams import READERS
 from finetune.family import Unsupported, Vocabulary
 
 TEXT_ENCODER = "text_encoder"
@@ -26,9 +27,7 @@ class LanguageModelFolder(DiffusersFolder):
     The language model itself does not train: diffusers' loaders take no LoRA for it. New words do.
     """
 
-    readers: ClassVar[tuple[str, str] | Unsupported] = Unsupported(
-        "its denoiser has no cross-attention layers: prompts and pictures attend to each other in the same"
-    )
+    readers: ClassVar[tuple[str, str] | Unsupported] = READERS
     chunks: ClassVar[Unsupported | None] = Unsupported("a language model reads a caption whole")
     length: ClassVar[int]
     """Tokens that the pipeline lets the language model read, those of the template included."""
