@@ -248,8 +248,8 @@ class ModelFamily(Protocol):
         """A fresh copy of the model's scheduler of diffusers, with the settings of ``sampling``."""
         ...
 
-    def guidance(self, scale: float) -> dict[str, Any]:
-        """What its pipeline is told for classifier-free guidance of this ``scale``; 1 is none."""
+    def guidance(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+        """What its pipeline is told for classifier-free guidance of this ``scale`` with so many prompts; 1 is none."""
         ...
 
     def pipeline(self) -> DiffusionPipeline:

@@ -70,8 +70,8 @@ def one(
     return picture
 
 
-def arguments(family: ModelFamily, pipeline: Any, sampler: SamplerConfig) -> dict[str, Any]:
-    """The settings as the pipeline of ``family`` calls them.
+def arguments(family: ModelFamily, pipeline: Any, sampler: SamplerConfig, prompts: int = 1) -> dict[str, Any]:
+    """The settings as the pipeline of ``family`` calls them, for so many prompts.
 
     Raises:
         UserError: it has no ``guidance_rescale``.
@@ -79,7 +79,7 @@ def arguments(family: ModelFamily, pipeline: Any, sampler: SamplerConfig) -> dic
     rescale = {"guidance_rescale": sampler.guidance_rescale} if sampler.guidance_rescale else {}
     if rescale and "guidance_rescale" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"sampler.guidance_rescale: must be 0 for {family.name}, whose pipeline does not rescale")
-    return {"num_inference_steps": sampler.steps, **family.guidance(sampler.guidance), **rescale}
+    return {"num_inference_steps": sampler.steps, **family.guidance(sampler.guidance, prompts), **rescale}
 
 
 @contextmanager

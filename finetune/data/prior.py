@@ -197,7 +197,7 @@ class ClassImages:
         sampler, side = self.prior.sampler, self.recipe.data.resolution
         drawn = pipeline(
             prompt=[self.prompt] * len(numbers),
-            **arguments(self.family, pipeline, sampler),
+            **arguments(self.family, pipeline, sampler, len(numbers)),
             height=side,
             width=side,
             generator=[generator(self.recipe.seed, "class image", self.prompt, index) for index in numbers],

@@ -98,14 +98,17 @@ class DiffusersFolder(ABC):
             if not (folder / part.subfolder / "config.json").is_file():
                 raise UserError(f"{folder}: the {network} is missing: no {part.subfolder}/config.json")
         self.settings = {name: read_json(folder / part.subfolder / "config.json") for name, part in self.parts.items()}
-        self.latent_channels: int = self.settings["vae"].get("latent_channels", 4)
-        self.latent_scale: int = 2 ** (len(self.settings["vae"]["block_out_channels"]) - 1)
+        self.latent_channels, self.latent_scale = self.latent_size(self.settings["vae"])
         self.process = process_of(self.scheduler(), folder / "scheduler", unit=self.time_unit, patch=self.patch)
         self.objective = Denoising(self.process)
         self.tokenizers = {
             name: load_tokenizer(folder, self.parts[name].tokenizer or "") for name in self.text_encoders
         }
         self.vocabularies = {name: Vocabulary(one, name) for name, one in self.tokenizers.items()}
+
+    def latent_size(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Numbers per latent cell and pixels along its side, as the autoencoder's ``settings`` say them."""
+        return settings.get("latent_channels", 4), 2 ** (len(settings["block_out_channels"]) - 1)
 
     def scheduler(self) -> Any:
         """A fresh copy of the folder's scheduler, with the settings of ``sampling``."""
@@ -205,7 +208,7 @@ class DiffusersFolder(ABC):
                 # non-reentrant: gradients then reach the weights although no input asks for one
                 self.networks[network].gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
-    def guidance(self, scale: float) -> dict[str, Any]:
+    def guidance(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         """As most pipelines call it."""
         return {"guidance_scale": scale}
 

@@ -68,7 +68,7 @@ def ask(encoder: Any, told: Mapping[str, Sequence[Sequence[int]]]) -> Sequence[T
     mask = torch.tensor(told["attention_mask"], dtype=torch.bool, device=encoder.device)
     if mask.is_meta:  # a plan's tensors have shapes alone; only of a mask for every pair are no values looked at
         mask = mask[:, None, None].expand(-1, 1, ids.shape[1], -1)
-    states: Sequence[Tensor] = encoder(
+    states: Sequence[Tensor] = encoder.base_model(  # without the head that predicts words
         input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
     ).hidden_states
     return states

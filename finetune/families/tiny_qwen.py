@@ -48,3 +48,22 @@ def qwen3(width: int, layers: int = 2, kind: str = "Qwen3Model") -> Any:
         tie_word_embeddings=True,
     )
     return getattr(transformers, kind)(config).eval()
+
+
+def qwen25vl(width: int) -> Any:
+    """A Qwen2.5-VL whose eyes are as small as they can be."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": len(tokenizer()) + 8,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+    }
+    sight = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": width}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=sight, tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()

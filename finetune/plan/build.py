@@ -166,7 +166,6 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
     flips = (False, True) if recipe.data.flip else (False,)
     if cache.latents:
         store = batches.latents.store
-        vae: Any = family.networks["vae"]
         key = batches.latents.key
         areas = {key(one.picture, one.crop, flip): one.crop.target.area for one in batches.entries for flip in flips}
         yield Cache(
@@ -175,7 +174,7 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
             entries=len(areas),
             present=sum(store.path(key).is_file() for key in areas),
             # mean and logvar
-            bytes=sum(areas.values()) // family.latent_scale**2 * 2 * vae.config.latent_channels * FLOAT,
+            bytes=sum(areas.values()) // family.latent_scale**2 * 2 * family.latent_channels * FLOAT,
         )
     if cache.text and batches.prompts is not None:
         captions = batches.final_captions
