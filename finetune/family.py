@@ -191,6 +191,7 @@ class ModelFamily(Protocol):
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set
+    guidance: float | None  # what a guidance-distilled denoiser is told in training; None where it is told nothing
     prompt_chunks: int  # how often over a prompt may fill what a text encoder reads at a time; 1 unless it is set
 
     def require(self, *networks: str) -> None:
@@ -248,7 +249,7 @@ class ModelFamily(Protocol):
         """A fresh copy of the model's scheduler of diffusers, with the settings of ``sampling``."""
         ...
 
-    def guidance(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         """What its pipeline is told for classifier-free guidance of this ``scale`` with so many prompts; 1 is none."""
         ...
 

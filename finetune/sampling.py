@@ -74,12 +74,12 @@ def arguments(family: ModelFamily, pipeline: Any, sampler: SamplerConfig, prompt
     """The settings as the pipeline of ``family`` calls them, for so many prompts.
 
     Raises:
-        UserError: it has no ``guidance_rescale``.
+        UserError: it has no ``guidance_rescale``, and one is asked for.
     """
     rescale = {"guidance_rescale": sampler.guidance_rescale} if sampler.guidance_rescale else {}
     if rescale and "guidance_rescale" not in inspect.signature(pipeline.__call__).parameters:
-        raise UserError(f"sampler.guidance_rescale: must be 0 for {family.name}, whose pipeline does not rescale")
-    return {"num_inference_steps": sampler.steps, **family.guidance(sampler.guidance, prompts), **rescale}
+        raise UserError(f"guidance_rescale: {type(pipeline).__name__} has none; leave it at 0")
+    return {"num_inference_steps": sampler.steps, **family.guided(sampler.guidance, prompts), **rescale}
 
 
 @contextmanager

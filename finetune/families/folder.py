@@ -79,6 +79,9 @@ class DiffusersFolder(ABC):
     patch: ClassVar[int] = 2
     """Latent cells along a side of an image token, where the denoiser has tokens."""
 
+    guidance: float | None = None
+    """What a guidance-distilled denoiser is told in training."""
+
     process: Process
     objective: Objective
     sites: Sites
@@ -208,7 +211,7 @@ class DiffusersFolder(ABC):
                 # non-reentrant: gradients then reach the weights although no input asks for one
                 self.networks[network].gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
-    def guidance(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         """As most pipelines call it."""
         return {"guidance_scale": scale}
 

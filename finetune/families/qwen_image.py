@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Conditioning, Posterior
+from finetune.families.flux import packed, unpacked
 from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
-from finetune.families.packed import pack, unpack
 from finetune.families.unet import NORMS
 from finetune.family import ExportNames, Sites
 
@@ -106,16 +106,16 @@ class QwenImage(LanguageModelFolder):
         """The transformer's answer, [B, C, h, w]. It does not look at ``geometry``."""
         height, width = noisy.shape[-2:]
         answer = self.networks["denoiser"](
-            hidden_states=pack(noisy),
+            hidden_states=packed(noisy),
             timestep=timesteps.to(noisy.dtype) / 1000,
             encoder_hidden_states=prompt.tokens,
             encoder_hidden_states_mask=_real(prompt),
             img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),
             return_dict=False,
         )[0]
-        return unpack(answer, height, width)
+        return unpacked(answer, height, width)
 
-    def guidance(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         """The pipeline guides away from nothing unless it is told to: from the empty prompt, as captions drop out."""
         return {"true_cfg_scale": scale, "negative_prompt": [""] * prompts if scale > 1 else None}
 

@@ -94,7 +94,7 @@ class ZImage(LanguageModelFolder):
         )[0]
         return -torch.stack(answers).squeeze(2)
 
-    def guidance(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         """The pipeline counts from 0, which is none: it adds so much of the difference to the prompt's answer."""
         return {"guidance_scale": scale - 1 if scale > 1 else 0.0}
 

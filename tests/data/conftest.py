@@ -88,7 +88,7 @@ class Fake:
         added = sum((vectors - 1) * caption.count(word) for word, vectors in (words or {}).items())
         return max(0, len(caption.split()) + added - self.words)
 
-    def guidance(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         return {"guidance_scale": scale}
 
     def pipeline(self) -> Pipe:

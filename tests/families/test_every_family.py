@@ -71,7 +71,7 @@ def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily, heigh
             height=height,
             width=width,
             latents=PACKED.get(family.name, lambda _, latents: latents)(pipeline, noise),
-            **family.guidance(1.0),
+            **family.guided(1.0),
             num_inference_steps=1,
             output_type="latent",
         )
@@ -93,7 +93,7 @@ def in_patches(pipeline: Any, latents: Tensor) -> Tensor:
     return pipeline._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
 
 
-PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {"qwen-image": in_patches}
+PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {"flux": in_patches, "qwen-image": in_patches}
 """Families whose pipelines want latents in another shape."""
 
 

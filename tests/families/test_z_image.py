@@ -61,7 +61,7 @@ def test_a_step_of_the_pipeline_follows_the_answer(folder: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 8, 8, generator=generator(0, "noise"))
     drawn = pipeline(
-        "a star", height=16, width=16, latents=noise, num_inference_steps=1, output_type="latent", **family.guidance(1)
+        "a star", height=16, width=16, latents=noise, num_inference_steps=1, output_type="latent", **family.guided(1)
     ).images
     with torch.no_grad():
         answer = family.predict(noise, torch.tensor([1000.0]), family.encode_prompt(["a star"]), torch.zeros(1, 6))
@@ -70,7 +70,7 @@ def test_a_step_of_the_pipeline_follows_the_answer(folder: Path) -> None:
 
 @pytest.mark.parametrize(("scale", "told"), [(1.0, 0.0), (0.0, 0.0), (5.0, 4.0)])
 def test_guidance_counts_as_everywhere(folder: Path, scale: float, told: float) -> None:
-    assert load_family(ModelConfig(path=str(folder))).guidance(scale) == {"guidance_scale": told}
+    assert load_family(ModelConfig(path=str(folder))).guided(scale) == {"guidance_scale": told}
 
 
 def test_new_words_take_the_place_of_known_ones(folder: Path) -> None:
