@@ -179,8 +179,8 @@ class DiffusersFolder(ABC):
     def scale(self, latents: Tensor) -> Tensor:
         """``(latents - shift) * scaling_factor``, or the per-channel form where the autoencoder's settings have one."""
         settings = self.settings["vae"]
-        factor = settings.get("scaling_factor", 0.18215)
         mean, std = settings.get("latents_mean"), settings.get("latents_std")
+        factor = settings.get("scaling_factor", 0.18215 if mean is None else 1.0)
         if mean is not None and std is not None:
             mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
             return (latents - mean) * factor / std

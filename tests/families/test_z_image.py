@@ -14,6 +14,7 @@ from finetune.config.adapters import EmbeddingConfig, LoraConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import load_family, z_image
+from finetune.families.tokens import check_trigger, rare_tokens
 from finetune.family import ModelFamily
 from finetune.objectives import Flow
 from finetune.randomness import generator
@@ -115,6 +116,14 @@ def test_prompts_of_one_length_go_together(folder: Path) -> None:
             own = Conditioning(tokens=prompts.tokens[row : row + 1])
             alone = family.predict(noisy[row : row + 1], times[row : row + 1], own, torch.zeros(1, 6))
             torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rare_tokens_are_words_behind_a_space(folder: Path) -> None:
+    family = load_family(ModelConfig(path=str(folder)))
+    rare = [token.word for token in rare_tokens(family.sites.vocabularies[0].tokenizer, count=4)]
+    assert "hux" in rare
+    assert check_trigger(family, "hux", "a star") == []
+    assert "tokens (s + k + sq), a rare single one" in check_trigger(family, "sksq", "a star")[0]
 
 
 def test_what_has_no_place_is_refused(folder: Path) -> None:
