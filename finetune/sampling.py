@@ -61,7 +61,7 @@ def one(
 ) -> Image.Image:
     """One picture, drawn by diffusers' own pipeline; ``settings`` as of ``arguments``."""
     picture: Image.Image = pipeline(
-        prompt,
+        prompt=prompt,
         **settings,
         generator=rng,
         height=resolution,

@@ -67,7 +67,7 @@ def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily, heigh
     watched = Watched(family.networks["denoiser"])
     with torch.no_grad():
         pipeline(
-            CAPTIONS[0],
+            prompt=CAPTIONS[0],
             height=height,
             width=width,
             latents=PACKED.get(family.name, lambda _, latents: latents)(pipeline, noise),
@@ -93,7 +93,11 @@ def in_patches(pipeline: Any, latents: Tensor) -> Tensor:
     return pipeline._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
 
 
-PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {"flux": in_patches, "qwen-image": in_patches}
+PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "flux": in_patches,
+    "flux2-klein": lambda pipeline, latents: pipeline._patchify_latents(latents),
+    "qwen-image": in_patches,
+}
 """Families whose pipelines want latents in another shape."""
 
 

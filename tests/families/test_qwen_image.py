@@ -1,4 +1,4 @@
-"""What Qwen-Image has and others have not: films of one frame, a template whose beginning is dropped, packed latents."""
+"""What Qwen-Image has and others have not: films of one frame, a template whose beginning is dropped, a mask."""
 
 from __future__ import annotations
 

@@ -37,8 +37,11 @@ METHODS: Mapping[str, dict[str, Any]] = {
     },
     "hypernetwork": {"kind": "hypernetwork"},
 }
+HEAVY = ("flux2-klein",)
+"""Families whose twins are deep: their other cells than these are for the nightly run."""
+LIGHT = ("lora", "embedding")
 CELLS = [
-    (name, method)
+    pytest.param(name, method, marks=[pytest.mark.slow] if name in HEAVY and method not in LIGHT else [])
     for name, family in families().items()
     for method, why in support(family).items()
     if why is None and method in METHODS  # aesthetic embeddings take no steps: tests/recipes/test_aesthetic_page.py
