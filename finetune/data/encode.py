@@ -86,9 +86,14 @@ class Prompts:
 
     def key(self, caption: str) -> str:
         """The name of a caption's entry in the store."""
-        told = {"family": self.family.name, "encoder": self._encoder, "chunks": self.family.prompt_chunks}
-        # models of one family may share their encoders and let them read on to different ends
-        return key("prompt", **told, length=self.family.prompt_length(caption), caption=caption)
+        return key(
+            "prompt",
+            family=self.family.name,
+            encoder=self._encoder,
+            chunks=self.family.prompt_chunks,
+            length=self.family.prompt_length(caption),  # models may share encoders, and let them read on to other ends
+            caption=caption,
+        )
 
     def stack(self, captions: Iterable[str]) -> Conditioning:
         """Several captions, each encoded alone."""

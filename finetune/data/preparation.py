@@ -121,9 +121,9 @@ def check_fit(recipe: Recipe, family: ModelFamily) -> None:
         UserError: a resolution does not divide into the denoiser's cells, or there are no files of a layout.
     """
     check_resolution(recipe, family)
-    asked, names = recipe.export.formats or (), family.export_names
-    if lacking := [layout for layout in asked if layout not in writable(asked, names)]:
-        there = ", ".join(writable(FORMATS[recipe.adapter.kind], names))
+    asked = recipe.export.formats or ()
+    if lacking := [layout for layout in asked if layout not in writable(asked, family.export_names)]:
+        there = ", ".join(writable(FORMATS[recipe.adapter.kind], family.export_names))
         raise UserError(f"export.formats: {family.name} has no files of layout {lacking[0]!r}; it has {there}")
 
 

@@ -91,6 +91,9 @@ class Fake:
     def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         return {"guidance_scale": scale}
 
+    def prompt_length(self, caption: str, words: dict[str, int] | None = None) -> int:
+        return 4
+
     def pipeline(self) -> Pipe:
         self.require("denoiser", "vae", "text_encoder")
         return Pipe(self)

@@ -14,7 +14,7 @@ from torch import nn
 from finetune.adapters import attach
 from finetune.adapters.select import select
 from finetune.batch import Conditioning
-from finetune.config.adapters import LoraConfig
+from finetune.config.adapters import EmbeddingConfig, LoraConfig
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.schema import DataConfig, ModelConfig, SamplerConfig
 from finetune.data.encode import Prompts
@@ -158,3 +158,10 @@ def test_presets_reach_the_layers_of_the_published_model(preset: str, count: int
     names = [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
     match = "adapter.targets", preset, linears(("text_encoder",), SINGLE), "denoiser", names
     assert len(select(*match, re.Pattern.fullmatch)) == count
+
+
+def test_an_initializer_that_t5_cuts_up_is_refused(dev: Path) -> None:
+    family = load(dev)
+    words = {"kind": "embedding", "tokens": [{"token": "<zib>", "initializer": "z"}]}  # a token to CLIP
+    with pytest.raises(UserError, match=r"'z' is ▁ \+ z to the text_encoder_2"):
+        attach(EmbeddingConfig.model_validate(words), family, seed=0)

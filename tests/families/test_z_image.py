@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.adapter import Weights
 from finetune.adapters import attach
 from finetune.batch import Conditioning
 from finetune.config.adapters import EmbeddingConfig, LoraConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
+from finetune.export.full import write_model
 from finetune.families import load_family, z_image
 from finetune.families.tokens import check_trigger, rare_tokens
 from finetune.family import ModelFamily
@@ -88,6 +90,12 @@ def test_new_words_take_the_place_of_known_ones(folder: Path) -> None:
     assert ahead == known.tokens.shape[1] == family.prompt_length("a photo of <zib> on grass")
 
 
+def test_an_initializer_of_several_tokens_is_refused_with_a_near_one(folder: Path) -> None:
+    words = {"kind": "embedding", "tokens": [{"token": "<zib>", "initializer": "stra"}]}
+    with pytest.raises(UserError, match="did you mean 'star'"):
+        attach(EmbeddingConfig.model_validate(words), load(folder), seed=0)
+
+
 def test_gradients_are_those_without_checkpointing(folder: Path) -> None:
     found = []
     for checkpointing in (False, True):
@@ -116,6 +124,20 @@ def test_prompts_of_one_length_go_together(folder: Path) -> None:
             own = Conditioning(tokens=prompts.tokens[row : row + 1])
             alone = family.predict(noisy[row : row + 1], times[row : row + 1], own, torch.zeros(1, 6))
             torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_template_is_part_of_the_model(folder: Path, tmp_path: Path) -> None:
+    """An exported folder holds it, and encoded prompts do not outlive a change of it."""
+    family = load(folder)
+    name, parameter = next(iter(family.networks["denoiser"].named_parameters()))
+    trained = Weights("full", {f"denoiser.{name}": parameter.detach() + 1})
+    written = write_model(trained, folder, tmp_path / "model", family.export_names, torch.float32)
+    again = load(written)
+    assert torch.equal(again.encode_prompt(["a star"]).tokens, family.encode_prompt(["a star"]).tokens)
+    before = again.fingerprint("text_encoder")
+    template = written / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("user", "artist"), encoding="utf-8")
+    assert again.fingerprint("text_encoder") != before
 
 
 def test_rare_tokens_are_words_behind_a_space(folder: Path) -> None:
