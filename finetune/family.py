@@ -69,11 +69,12 @@ class Vocabulary:
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """Make ``tokens`` known to a tokenizer, and return their ids.
 
-    They take the spaces before them with them: a tokenizer that keeps spaces would put one between all of them.
+    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them.
     """
     from transformers import AddedToken
 
-    tokenizer.add_tokens([AddedToken(token, lstrip=True) for token in tokens])
+    keeps = bool(tokenizer(" ", add_special_tokens=False).input_ids)
+    tokenizer.add_tokens([AddedToken(token, lstrip=keeps) for token in tokens])
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
     return ids
 

@@ -46,10 +46,9 @@ class Full(Adapter):
         family.require(*trained)
         family.networks.requires_grad_(False)
         self._select(denoiser, config.select)
-        # patterns of one's own are about the denoiser
-        preset = config.select if config.select in family.sites.selections else "all"
         for network in text_encoders:
-            self._select(network, preset)
+            # patterns of one's own are about the denoiser
+            self._select(network, config.select if config.select in family.sites.selections else "all")
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         if readers:

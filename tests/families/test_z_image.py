@@ -136,7 +136,7 @@ def test_the_template_is_part_of_the_model(folder: Path, tmp_path: Path) -> None
     assert torch.equal(again.encode_prompt(["a star"]).tokens, family.encode_prompt(["a star"]).tokens)
     before = again.fingerprint("text_encoder")
     template = written / "tokenizer" / "chat_template.jinja"
-    template.write_text(template.read_text(encoding="utf-8").replace("user", "artist"), encoding="utf-8")
+    template.write_text(template.read_text(encoding="utf-8").replace("assistant", "artist"), encoding="utf-8")
     assert again.fingerprint("text_encoder") != before
 
 
