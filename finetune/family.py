@@ -53,8 +53,7 @@ class Vocabulary:
                 raise UserError(f"{token!r} is a word that the model knows; a new one is written like '<{word}>'")
         if mistaken := [known for known in self.words if known in word or word in known]:
             raise UserError(f"{word!r} cannot be told from {mistaken[0]!r}; neither may be part of the other")
-        self.tokenizer.add_tokens(tokens)
-        ids = self.tokenizer.convert_tokens_to_ids(tokens)
+        ids = add_tokens(self.tokenizer, tokens)
         if self.tokenizer(" ".join(tokens), add_special_tokens=False).input_ids != ids:
             raise UserError(f"{word!r} cannot be told from another word; choose one that no other is part of")
         self.words[word] = tokens
@@ -65,6 +64,19 @@ class Vocabulary:
         for word, tokens in self.words.items():
             caption = caption.replace(word, " ".join(tokens))
         return caption
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Make ``tokens`` known to a tokenizer, and return their ids.
+
+    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them.
+    """
+    from transformers import AddedToken
+
+    keeps = bool(tokenizer(" ", add_special_tokens=False).input_ids)
+    tokenizer.add_tokens([AddedToken(token, lstrip=keeps) for token in tokens])
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
+    return ids
 
 
 def pool_at_end(encoder: Any, tokenizer: Any) -> None:
@@ -173,6 +185,7 @@ class ModelFamily(Protocol):
     sites: Sites
     export_names: Mapping[str, ExportNames]  # network -> names
     text_encoders: Sequence[str]  # names of the networks that read prompts
+    components: Mapping[str, str]  # network -> its folder, which is also its name in diffusers' pipelines
     pixel_multiple: int  # image sides must divide by this
     latent_scale: int  # pixels per latent cell along a side
     latent_channels: int  # numbers per latent cell, as the autoencoder has them
@@ -235,6 +248,10 @@ class ModelFamily(Protocol):
 
     def scheduler(self) -> Any:
         """A fresh copy of the model's scheduler of diffusers, with the settings of ``sampling``."""
+        ...
+
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+        """What its pipeline is told for classifier-free guidance of this ``scale`` with so many prompts; 1 is none."""
         ...
 
     def pipeline(self) -> DiffusionPipeline:

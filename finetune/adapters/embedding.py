@@ -210,7 +210,8 @@ def _start(token: TokenConfig, tokenizer: Any, table: Tensor, seed: int, network
 
 
 def _known(word: str, token: TokenConfig, tokenizer: Any, network: str) -> int:
-    ids = tokenizer(word, add_special_tokens=False).input_ids
+    # as it stands in a sentence: vocabularies that keep spaces know most words with the space before them
+    ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
     if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
         pieces = " + ".join(_plain(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
         words = {_plain(name) for name in tokenizer.get_vocab() if _plain(name) != name}
@@ -223,8 +224,8 @@ def _known(word: str, token: TokenConfig, tokenizer: Any, network: str) -> int:
 
 
 def _plain(piece: str) -> str:
-    """A piece of a vocabulary without the mark that says where its word ends (CLIP) or begins (T5)."""
-    return piece.removesuffix("</w>").removeprefix("▁") or piece
+    """A piece of a vocabulary without the mark that says where its word ends (CLIP) or begins (T5, Qwen)."""
+    return piece.removesuffix("</w>").lstrip("▁Ġ") or piece
 
 
 def _as_text(value: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapter import Adapter, ParameterGroup, Weights
-from finetune.adapters.select import check_same, select
+from finetune.adapters.select import check_same, networks, select
 from finetune.config.adapters import FullConfig
 from finetune.errors import UserError
 from finetune.family import ModelFamily, Unsupported
@@ -42,14 +42,13 @@ class Full(Adapter):
         self.parameters: dict[str, nn.Parameter] = {}
         self._original: dict[str, Tensor] | None = None
         readers = _readers(family) if config.detach_start else None
-        family.require("denoiser", *(family.sites.text_encoders if config.text_encoder else []))
+        denoiser, *text_encoders = trained = networks(family, config.text_encoder)
+        family.require(*trained)
         family.networks.requires_grad_(False)
-        self._select("denoiser", config.select)
-        if config.text_encoder:
+        self._select(denoiser, config.select)
+        for network in text_encoders:
             # patterns of one's own are about the denoiser
-            preset = config.select if config.select in family.sites.selections else "all"
-            for network in family.sites.text_encoders:
-                self._select(network, preset)
+            self._select(network, config.select if config.select in family.sites.selections else "all")
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         if readers:

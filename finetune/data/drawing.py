@@ -150,7 +150,7 @@ class ClassImages:
         sampler, side = self.drawing.sampler, self.drawing.resolution
         drawn = pipeline(
             prompt=[self.prompt] * len(numbers),
-            **arguments(sampler, pipeline),
+            **arguments(self.family, pipeline, sampler, len(numbers)),
             height=side,
             width=side,
             generator=[generator(self.drawing.seed, "class image", self.prompt, index) for index in numbers],

@@ -162,7 +162,7 @@ def _copy_settings(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy what is beside the weights: settings, vocabularies. Settings that name the dtype get the new one."""
     target.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in {".json", ".txt", ".model"}:
+        if file.is_file() and file.suffix in {".json", ".txt", ".jinja", ".model"}:
             shutil.copyfile(file, target / file.name)
     config = target / "config.json"
     if config.is_file():

@@ -48,7 +48,7 @@ def describe(
     }
     spec = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{_WIDTHS.get(width, 'stable-diffusion-custom')}/lora",
+        "architecture": f"{_WIDTHS.get(width, 'stable-diffusion-custom') if width else family.name}/lora",
         "implementation": "diffusers",
         "title": title(recipe),
         "resolution": f"{side}x{side}",

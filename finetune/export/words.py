@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.export.embedding import ALONE, Stored
 from finetune.families.words import write_out
-from finetune.family import pool_at_end
+from finetune.family import add_tokens, pool_at_end
 
 _SUFFIXES = ("", "_2", "_3")  # of a pipeline's text encoders and tokenizers
 _CLIPS = ("clip_l", "clip_g")
@@ -73,8 +73,7 @@ def _place(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> None:
     width = encoder.get_input_embeddings().embedding_dim
     if rows.shape[1] != width:
         raise UserError(f"the vectors of {token!r} are {rows.shape[1]} wide, the base's {width}")
-    tokenizer.add_tokens(tokens)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
+    ids = add_tokens(tokenizer, tokens)
     with torch.random.fork_rng(devices=[]):
         size = max(encoder.get_input_embeddings().num_embeddings, ids[-1] + 1)
         encoder.resize_token_embeddings(size, mean_resizing=False)

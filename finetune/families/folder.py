@@ -95,19 +95,23 @@ class DiffusersFolder(ABC):
         self.device = torch.device("cpu")
         self.prompt_chunks = 1
         self.sampling: Mapping[str, Any] = {}
+        self.components = {network: part.subfolder for network, part in self.parts.items()}
         self.text_encoders: Sequence[str] = tuple(name for name, part in self.parts.items() if part.tokenizer)
         for network, part in self.parts.items():
             if not (folder / part.subfolder / "config.json").is_file():
                 raise UserError(f"{folder}: the {network} is missing: no {part.subfolder}/config.json")
         self.settings = {name: read_json(folder / part.subfolder / "config.json") for name, part in self.parts.items()}
-        self.latent_channels: int = self.settings["vae"].get("latent_channels", 4)
-        self.latent_scale: int = 2 ** (len(self.settings["vae"]["block_out_channels"]) - 1)
+        self.latent_channels, self.latent_scale = self.latent_size(self.settings["vae"])
         self.process = process_of(self.scheduler(), folder / "scheduler", unit=self.time_unit, patch=self.patch)
         self.objective = Denoising(self.process)
         self.tokenizers = {
             name: load_tokenizer(folder, self.parts[name].tokenizer or "") for name in self.text_encoders
         }
         self.vocabularies = {name: Vocabulary(one, name) for name, one in self.tokenizers.items()}
+
+    def latent_size(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Numbers per latent cell and pixels along its side, as the autoencoder's ``settings`` say them."""
+        return settings.get("latent_channels", 4), 2 ** (len(settings["block_out_channels"]) - 1)
 
     def scheduler(self) -> Any:
         """A fresh copy of the folder's scheduler, with the settings of ``sampling``."""
@@ -159,7 +163,7 @@ class DiffusersFolder(ABC):
             part = self.parts[network]
             folders = [part.subfolder, *([part.tokenizer] if part.tokenizer else [])]
             for file in sorted(file for name in folders for file in (self.folder / name).iterdir()):
-                if file.suffix in {".json", ".txt", ".safetensors", ".model"}:
+                if file.suffix in {".json", ".txt", ".jinja", ".safetensors", ".model"}:
                     status = file.stat()
                     content = _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
                     digest.update(f"{file.name} {content}\n".encode())
@@ -175,8 +179,8 @@ class DiffusersFolder(ABC):
     def scale(self, latents: Tensor) -> Tensor:
         """``(latents - shift) * scaling_factor``, or the per-channel form where the autoencoder's settings have one."""
         settings = self.settings["vae"]
-        factor = settings.get("scaling_factor", 0.18215)
         mean, std = settings.get("latents_mean"), settings.get("latents_std")
+        factor = settings.get("scaling_factor", 0.18215 if mean is None else 1.0)
         if mean is not None and std is not None:
             mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
             return (latents - mean) * factor / std
@@ -206,6 +210,10 @@ class DiffusersFolder(ABC):
             if network in self.networks:
                 # non-reentrant: gradients then reach the weights although no input asks for one
                 self.networks[network].gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+        """As most pipelines call it."""
+        return {"guidance_scale": scale}
 
     def pipeline(self) -> Any:
         """An ordinary pipeline around the networks in memory, with a fresh scheduler from the folder."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.adapters import attach
 from finetune.aesthetic import require_space
@@ -162,8 +161,7 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
     flips = (False, True) if recipe.data.flip else (False,)
     if cache.latents:
         store = batches.latents.store
-        vae: Any = family.networks["vae"]
-        cell = 2 * vae.config.latent_channels * batches.latents.dtype.itemsize  # mean and logvar
+        cell = 2 * family.latent_channels * batches.latents.dtype.itemsize  # mean and logvar
         key = batches.latents.key
         areas = {key(one.picture, one.crop, flip): one.crop.target.area for one in batches.entries for flip in flips}
         yield Cache(

@@ -37,8 +37,11 @@ METHODS: Mapping[str, dict[str, Any]] = {
     },
     "hypernetwork": {"kind": "hypernetwork"},
 }
+HEAVY = ("flux2-klein",)
+"""Families whose twins are deep: their other cells than these are for the nightly run."""
+LIGHT = ("lora", "embedding")
 CELLS = [
-    (name, method)
+    pytest.param(name, method, marks=[pytest.mark.slow] if name in HEAVY and method not in LIGHT else [])
     for name, family in families().items()
     for method, why in support(family).items()
     if why is None and method in METHODS  # aesthetic embeddings take no steps: tests/recipes/test_aesthetic_page.py
@@ -57,6 +60,12 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return written[name]
 
     return twin
+
+
+def adapter(method: str, twin: Path) -> dict[str, Any]:
+    """The section of a method; text encoders train wherever they can."""
+    trains = bool(load_family(ModelConfig(path=str(twin))).sites.text_encoders)
+    return {key: trains if key == "text_encoder" else value for key, value in METHODS[method].items()}
 
 
 def data(folder: Path) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def test_a_method_works_in_a_family(
 ) -> None:
     path = write_recipe(
         model={"path": str(twins(name))},
-        adapter=METHODS[method],
+        adapter=adapter(method, twins(name)),
         data=data(tmp_path),
         prior={"kind": "none"},
         train={"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "threads": 1},
