@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.export.lycoris import PARTS, Change
-from finetune.export.names import joined, parted
+from finetune.export.names import Stems, expected_stem, network_of
 from finetune.family import ExportNames
 
 ALPHA = "alpha"
@@ -31,10 +31,10 @@ def pack(changes: Sequence[Change], names: Mapping[str, ExportNames], dtype: tor
 
     Alphas are float32: an odd one would be rounded by half precision, and with it every change.
     """
+    stems = {network: Stems(called) for network, called in names.items()}
     tensors: dict[str, Tensor] = {}
     for change in changes:
-        called = names[change.network]
-        stem = f"{called.kohya}_{joined(called.missing_level + change.module)}"
+        stem, _ = stems[change.network].of(change.module)
         for part, tensor in change.parts.items():
             folded = part == "lokr_w1" and change.rank is None
             tensors[f"{stem}.{part}"] = (tensor.float() * change.scale if folded else tensor).to(dtype)
@@ -50,21 +50,23 @@ def unpack(tensors: Mapping[str, Tensor], names: Mapping[str, ExportNames]) -> l
     Raises:
         UserError: a key belongs to no layer, or a layer lacks a part.
     """
-    networks = {called.kohya: network for network, called in names.items()}
+    stems = {network: Stems(called) for network, called in names.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
         stem, _, part = key.partition(".")
-        if not any(stem.startswith(f"{prefix}_") for prefix in networks) or part not in (*_KNOWN, ALPHA):
-            expected = f"<{'|'.join(sorted(networks))}>_<module>.<{'|'.join((*_KNOWN, ALPHA))}>"
+        if network_of(stem, names) is None or part not in (*_KNOWN, ALPHA):
+            expected = f"{expected_stem(names)}.<{'|'.join((*_KNOWN, ALPHA))}>"
             raise UserError(f"unknown key {key!r}; expected {expected}")
         found.setdefault(stem, {})[part] = tensors[key]
-    return [_change(stem, parts, names) for stem, parts in found.items()]
+    made = []
+    for stem, parts in found.items():
+        network = network_of(stem, names) or ""
+        (module,) = stems[network].layers(stem)
+        made.append(_change(stem, network, module, parts))
+    return made
 
 
-def _change(stem: str, parts: dict[str, Tensor], names: Mapping[str, ExportNames]) -> Change:
-    network = next(network for network, called in names.items() if stem.startswith(f"{called.kohya}_"))
-    called = names[network]
-    module = parted(stem.removeprefix(f"{called.kohya}_")).removeprefix(called.missing_level)
+def _change(stem: str, network: str, module: str, parts: dict[str, Tensor]) -> Change:
     alpha = parts.pop(ALPHA, None)
     algorithms = {_KNOWN[part] for part in parts}
     if len(algorithms) != 1:

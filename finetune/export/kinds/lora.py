@@ -26,7 +26,7 @@ from finetune.export.kinds.lycoris import write_file
 from finetune.export.layers import Layer, layers
 from finetune.export.lycoris import Change, differences
 from finetune.export.merge import merge
-from finetune.export.metadata import describe, prompt_width, side_file
+from finetune.export.metadata import describe, side_file
 from finetune.export.read import CONVENTIONAL, FORMATS, Identity, read_tensors
 from finetune.family import ModelFamily
 from finetune.files import write_json
@@ -112,5 +112,5 @@ def _write(
         written = FORMATS[layout].unpack(tensors, names)
     write_file(path, tensors, describe(layout, written, weights.settings, family, recipe))
     if layout != "diffusers":
-        write_json(path.with_suffix(".json"), side_file(recipe, prompt_width(found, family)))
+        write_json(path.with_suffix(".json"), side_file(recipe, family))
     return path

@@ -23,7 +23,7 @@ from finetune.export.checks import Report
 from finetune.export.kinds import Contents, wanted
 from finetune.export.lycoris import Change, changes
 from finetune.export.merge import merge
-from finetune.export.metadata import OWN, describe, prompt_width, side_file
+from finetune.export.metadata import OWN, describe, side_file
 from finetune.export.read import Identity, identify, read_tensors
 from finetune.family import ExportNames, ModelFamily
 from finetune.files import write_json, write_tensors
@@ -41,7 +41,7 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
         path = folder / name
         write_file(path, tensors, _header(layout, found, weights, family, recipe))
         if layout == "kohya":
-            write_json(path.with_suffix(".json"), side_file(recipe, prompt_width((), family)))
+            write_json(path.with_suffix(".json"), side_file(recipe, family))
         paths.append(path)
     return paths
 
