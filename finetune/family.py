@@ -137,6 +137,7 @@ class ExportNames:
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
         places: where kohya's files have layers that they do not call as diffusers does, a table of
             ``finetune.originals``; empty where the names are diffusers' own.
+        unread_by: tools that read no file of kohya's naming that is for this network, though they do for others.
     """
 
     diffusers: str
@@ -144,6 +145,7 @@ class ExportNames:
     missing_level: str = ""
     words: str = ""
     places: Places = field(default_factory=dict)
+    unread_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ TOOLS = ("diffusers", "comfyui", "forge", "a1111", "kohya")
 YES, UNKNOWN = "yes", "not known"
 _UNETS = ("sd1", "sd2", "sd", "sdxl")
 _NO_FLUX = "no: it has no such model"
+_ENDS = re.compile(r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)(_|$)")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def _kohya(facts: Facts) -> dict[str, str]:
     if facts.family == "flux":
         found = {"comfyui": YES, "forge": YES, "diffusers": YES, "kohya": YES}
         split = any(key.network == "lora_transformer" for key in facts.keys)
+        if any(key.network == "lora_te3" or _ENDS.match(key.word) for key in facts.keys):
+            found["diffusers"] = "partly: it loses T5's layers and those outside the blocks"
         return found | ({"kohya": "no: it looks for other names", "forge": UNKNOWN} if split else {})
     if facts.family == "sd3":
         return {"comfyui": YES, "forge": YES, "kohya": YES, "diffusers": "no: it loads nothing and only warns"}

@@ -86,6 +86,8 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
         pipeline.load_lora_weights(str(found.path), adapter_name="sampled")
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"{found.path} does not fit the base: {str(error).splitlines()[0]}") from error
+    if not any("sampled" in held for held in pipeline.get_list_adapters().values()):
+        raise UserError(f"{found.path}: diffusers knows none of its layers in {type(pipeline).__name__}")
     if strength != 1.0:
         pipeline.set_adapters(["sampled"], [strength])
 
