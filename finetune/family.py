@@ -119,10 +119,19 @@ class Sites:
     )
     unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Text encoders whose layers train where a recipe asks for it: those that the presets know."""
+        return tuple(name for name in next(iter(self.linears.values())) if name != "denoiser")
+
     def read(self, network: str, names: Iterable[str]) -> list[str]:
         """Those of a network's ``names`` that have a part in the denoiser's answer."""
         patterns = self.unread.get(network, ())
         return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+
+KOHYA = ("kohya", "difference", "bundle")
+"""Layouts whose keys are kohya's."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,8 @@ class ExportNames:
 
     Attributes:
         diffusers: component in diffusers' LoRA files ("unet", "text_encoder").
-        kohya: prefix in kohya's files ("lora_unet", "lora_te").
+        kohya: prefix in kohya's files ("lora_unet", "lora_te"), or "" where no layout of theirs is written for the
+            family.
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
@@ -141,7 +151,7 @@ class ExportNames:
     """
 
     diffusers: str
-    kohya: str
+    kohya: str = ""
     missing_level: str = ""
     words: str = ""
     places: Places = field(default_factory=dict)
@@ -161,6 +171,11 @@ class Published:
     architecture: str = "stable-diffusion-custom"
     version: str = ""
     shelf: str = "Other"
+
+
+def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
+    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them."""
+    return tuple(layout for layout in layouts if names["denoiser"].kohya or layout not in KOHYA)
 
 
 class ModelFamily(Protocol):
@@ -186,6 +201,7 @@ class ModelFamily(Protocol):
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set
+    guidance: float | None  # what a guidance-distilled denoiser is told in training; None where it is told nothing
     prompt_chunks: int  # how often over a prompt may fill what a text encoder reads at a time; 1 unless it is set
 
     def require(self, *networks: str) -> None:

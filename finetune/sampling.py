@@ -61,7 +61,7 @@ def one(
     """One picture, drawn by diffusers' own pipeline."""
     picture: Image.Image = pipeline(
         prompt,
-        **arguments(sampler),
+        **arguments(sampler, pipeline),
         generator=rng,
         height=resolution,
         width=resolution,
@@ -69,9 +69,15 @@ def one(
     return picture
 
 
-def arguments(sampler: SamplerConfig) -> dict[str, Any]:
-    """The settings as diffusers' pipelines call them."""
+def arguments(sampler: SamplerConfig, pipeline: Any) -> dict[str, Any]:
+    """The settings as diffusers' pipelines call them.
+
+    Raises:
+        UserError: the pipeline has no ``guidance_rescale``, and one is asked for.
+    """
     rescale = {"guidance_rescale": sampler.guidance_rescale} if sampler.guidance_rescale else {}
+    if rescale and "guidance_rescale" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(f"guidance_rescale: {type(pipeline).__name__} has none; leave it at 0")
     return {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance, **rescale}
 
 

@@ -38,7 +38,7 @@ class Injected(Adapter):
         self._module_dropout = config.module_dropout
         self._text_rate = config.text_encoder_learning_rate
         self._dropping = False
-        trained = ["denoiser", *(family.text_encoders if config.text_encoder else [])]
+        trained = ["denoiser", *(family.sites.text_encoders if config.text_encoder else [])]
         family.require(*trained)
         family.networks.requires_grad_(False)
         chosen = {network: _chosen(network, config, family) for network in trained}

@@ -245,6 +245,8 @@ class ObjectiveConfig(Section):
     """What the model shall learn to answer; the model's own where it is not set. Another one takes long to learn."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that nothing is left of the picture in the last timestep (Lin et al. 2023)."""
+    guidance: NonNegativeFloat | None = None
+    """What a guidance-distilled denoiser (FLUX.1 dev) is told while it trains; 1 where it is not set."""
     timesteps: TimestepsConfig = TimestepsConfig()
     noise: NoiseConfig = NoiseConfig()
     weighting: WeightingConfig = NoWeighting(kind="none")

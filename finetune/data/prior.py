@@ -197,7 +197,7 @@ class ClassImages:
         sampler, side = self.prior.sampler, self.recipe.data.resolution
         drawn = pipeline(
             prompt=[self.prompt] * len(numbers),
-            **arguments(sampler),
+            **arguments(sampler, pipeline),
             height=side,
             width=side,
             generator=[generator(self.recipe.seed, "class image", self.prompt, index) for index in numbers],

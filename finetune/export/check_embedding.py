@@ -137,6 +137,8 @@ def _place(family: ModelFamily, vocabulary: Vocabulary, token: str, rows: Tensor
 def _load(pipeline: Any, word: Stored) -> str:
     with quiet():
         load_word(pipeline, word)
+    if not hasattr(pipeline, "load_textual_inversion"):
+        return "into tokenizers and tables: the pipeline has no loader"
     return f"{type(pipeline).__name__}.load_textual_inversion"
 
 
@@ -144,6 +146,7 @@ def _same(pipeline: Any, prompts: list[str], wanted: Conditioning) -> str:
     """Among the tensors that the pipeline makes of the prompts are those that the family makes."""
     device = wanted.tokens.device
     asked = {"prompt": prompts, "device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    asked |= {"prompt_2": None, "prompt_3": None}  # as the first
     known = signature(pipeline.encode_prompt).parameters
     got = pipeline.encode_prompt(**{name: value for name, value in asked.items() if name in known})
     for tensor in (wanted.tokens, wanted.pooled):

@@ -104,6 +104,12 @@ def components(folder: Path) -> list[str]:
     return sorted(name for name in index if not name.startswith("_") and (folder / name).is_dir())
 
 
+def without(folder: Path) -> list[str]:
+    """Names of a pipeline's parts that a folder says it has not."""
+    index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    return sorted(name for name, value in index.items() if value == [None, None])
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors that a component is loaded from, sharded or not; none where it has no weights.
 

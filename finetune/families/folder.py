@@ -8,7 +8,7 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.families.schedulers import with_settings
+from finetune.families.words import write_out
 from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
 from finetune.objectives import Denoising, Process, process_of
@@ -31,11 +32,13 @@ class Part:
         subfolder: where it lies; also its name in diffusers' pipelines.
         kind: library and class: "diffusers.UNet2DConditionModel".
         tokenizer: the subfolder of a text encoder's tokenizer.
+        settings: in place of what its ``config.json`` says.
     """
 
     subfolder: str
     kind: str
     tokenizer: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def type(self) -> Any:
@@ -68,11 +71,16 @@ class DiffusersFolder(ABC):
     """As in ``finetune.family.Sites``."""
     space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
     """Why there is no ``shared_space``; None where there is one."""
+    chunks: ClassVar[Unsupported | None] = Unsupported("its prompts are not read by CLIPs alone")
+    """Why no prompt takes several ``prompt_chunks``; None where it does."""
 
     time_unit: ClassVar[float] = 1000.0
     """Of flow matching: the denoiser is told so many times ``sigma``."""
     patch: ClassVar[int] = 2
     """Latent cells along a side of an image token, where the denoiser has tokens."""
+
+    guidance: float | None = None
+    """What a guidance-distilled denoiser is told in training."""
 
     process: Process
     objective: Objective
@@ -129,6 +137,7 @@ class DiffusersFolder(ABC):
                 torch_dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                **part.settings,
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
@@ -208,7 +217,10 @@ class DiffusersFolder(ABC):
         pipeline = kind(**parts, **tokenizers, scheduler=self.scheduler(), **self.pipeline_settings())
         if any(vocabulary.words for vocabulary in self.vocabularies.values()):
             # diffusers' own inserts all tokens of a word, also those of a growing word that are still to come
-            pipeline.maybe_convert_prompt = self._expand
+            if hasattr(pipeline, "maybe_convert_prompt"):
+                pipeline.maybe_convert_prompt = self._expand
+            else:
+                write_out(pipeline, self.vocabularies[self.text_encoders[0]].expand)
         return pipeline.to(next(self.networks["denoiser"].parameters()).device)
 
     def pipeline_settings(self) -> dict[str, Any]:

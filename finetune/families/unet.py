@@ -29,7 +29,7 @@ _CONV = [*_WIDE, r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)",
 CLIP_ATTENTION = [r".*\.self_attn\.(q|k|v|out)_proj"]
 CLIP_WIDE = [*CLIP_ATTENTION, r".*\.mlp\.fc[12]"]
 CLIP_LAYERS = [r"(^|\.)encoder\.", r"(^|\.)final_layer_norm\."]
-_NORMS = [r"norm\w*\.weight$", r"bias$"]
+NORMS = [r"norm\w*\.weight$", r"bias$"]
 
 
 def linears(text_encoders: Sequence[str]) -> Patterns:
@@ -52,12 +52,12 @@ def selections(text_encoders: Sequence[str]) -> Patterns:
         "attention": [r"\.attn[12]\."],
         "cross-attention": [r"\.attn2\."],
         "cross-kv": [r"\.attn2\.to_[kv]\."],
-        "norm-bias": _NORMS,
+        "norm-bias": NORMS,
         "down": [r"^down_blocks\."],
         "mid": [r"^mid_block\."],
         "up": [r"^up_blocks\."],
     }
-    text = {preset: {"all": [""], "norm-bias": _NORMS}.get(preset, CLIP_LAYERS) for preset in unet}
+    text = {preset: {"all": [""], "norm-bias": NORMS}.get(preset, CLIP_LAYERS) for preset in unet}
     return _beside(unet, text, text_encoders)
 
 
@@ -75,6 +75,7 @@ class UNetFolder(DiffusersFolder):
     """
 
     readers: ClassVar[tuple[str, str] | Unsupported] = READERS
+    chunks: ClassVar[Unsupported | None] = None
     unguided_is_zero: bool = False
     """Whether zeros stand in place of a prompt that guides away, where there is none."""
 

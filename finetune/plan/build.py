@@ -29,7 +29,7 @@ from finetune.data.batches import Batches
 from finetune.data.encode import Latents, Prompts
 from finetune.data.entries import draws_per_epoch, shapes, subject_entries
 from finetune.data.folders import picture_files
-from finetune.data.preparation import check_resolution
+from finetune.data.preparation import check_fit
 from finetune.data.prior import ClassImages as Drawing
 from finetune.data.prior import class_prompts, foreseen
 from finetune.data.processes import Alone
@@ -56,7 +56,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             resolution or layer pattern that does not fit. Training would find the same.
     """
     family = load_family(recipe.model, recipe.objective)
-    check_resolution(recipe, family)
+    check_fit(recipe, family)
     found = sources.scan(recipe.data, captioned=recipe.adapter.kind != "aesthetic", words=new_words(recipe.adapter))
     fill(family, model_folder(recipe.model))
     networks = {name: parameters(network) for name, network in family.networks.items()}
@@ -208,18 +208,18 @@ def _written(recipe: Recipe, adapter: AdapterConfig, names: Mapping[str, ExportN
     match adapter:
         case PivotalConfig():
             parts = [*_written(recipe, adapter.weights, names), *_written(recipe, adapter.embedding, names)]
-            return [*parts, *pivotal.file_names(recipe).values()]
+            return [*parts, *pivotal.file_names(recipe, names).values()]
         case AestheticConfig():
-            baked = [f"baked/{name}" for name in lora.file_names(recipe).values()] if adapter.bake_prompts else []
-            return [*aesthetic.file_names(recipe).values(), *baked]
+            baked = lora.file_names(recipe, names).values() if adapter.bake_prompts else ()
+            return [*aesthetic.file_names(recipe).values(), *(f"baked/{name}" for name in baked)]
         case FullConfig():
             return [f"{name}/" if name == MODEL else name for name in full.file_names(recipe).values()]
         case EmbeddingConfig():
-            return embedding.file_names(recipe)
+            return embedding.file_names(recipe, names)
         case HypernetworkConfig():
             return list(hypernetwork.file_names(recipe).values())
         case LoraConfig():
-            return list(lora.file_names(recipe).values())
+            return list(lora.file_names(recipe, names).values())
     return list(lycoris.file_names(recipe, adapter.kind, names).values())
 
 

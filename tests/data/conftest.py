@@ -86,6 +86,9 @@ class Fake:
         added = sum((vectors - 1) * caption.count(word) for word, vectors in (words or {}).items())
         return max(0, len(caption.split()) + added - self.words)
 
+    def prompt_length(self, caption: str, words: dict[str, int] | None = None) -> int:
+        return 4
+
     def pipeline(self) -> Pipe:
         self.require("denoiser", "vae", "text_encoder")
         return Pipe(self)

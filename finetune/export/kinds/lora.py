@@ -7,7 +7,7 @@ which is exact at every strength between the base and what was trained, and as l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from finetune.export.lycoris import Change, differences
 from finetune.export.merge import merge
 from finetune.export.metadata import describe, side_file
 from finetune.export.read import CONVENTIONAL, FORMATS, Identity, read_tensors
-from finetune.family import ModelFamily
+from finetune.family import ExportNames, ModelFamily, writable
 from finetune.files import write_json
 
 LAYOUTS = (*FORMATS, "difference")
@@ -37,12 +37,12 @@ LAYOUTS = (*FORMATS, "difference")
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``pytorch_lora_weights.safetensors`` for diffusers, and ``<run>.safetensors`` with its card for other tools."""
     found = layers(weights)
-    return [_write(name, found, weights, family, recipe, folder) for name in layouts(recipe)]
+    return [_write(name, found, weights, family, recipe, folder) for name in layouts(recipe, family.export_names)]
 
 
-def layouts(recipe: Recipe) -> tuple[str, ...]:
-    """The layouts that a recipe's LoRA is written in."""
-    asked = wanted(recipe, tuple(FORMATS))
+def layouts(recipe: Recipe, names: Mapping[str, ExportNames]) -> tuple[str, ...]:
+    """The layouts that a recipe's LoRA is written in, for a family of these names."""
+    asked = wanted(recipe, writable(tuple(FORMATS), names))
     adapter = recipe.adapter.weights if isinstance(recipe.adapter, PivotalConfig) else recipe.adapter
     if not (isinstance(adapter, LoraConfig) and adapter.use_dora):
         return asked
@@ -92,9 +92,9 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
         pipeline.set_adapters(["sampled"], [strength])
 
 
-def file_names(recipe: Recipe) -> dict[str, str]:
-    """What the files of a recipe are called, by layout."""
-    return {layout: file_name(layout, recipe) for layout in layouts(recipe)}
+def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> dict[str, str]:
+    """What the files of a recipe are called, by layout, for a family of these names."""
+    return {layout: file_name(layout, recipe) for layout in layouts(recipe, names)}
 
 
 def file_name(layout: str, recipe: Recipe) -> str:

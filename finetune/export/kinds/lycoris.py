@@ -26,7 +26,7 @@ from finetune.export.merge import merge
 from finetune.export.metadata import OWN, describe, side_file
 from finetune.export.names import fuses
 from finetune.export.read import Identity, identify, read_tensors
-from finetune.family import ExportNames, ModelFamily
+from finetune.family import ExportNames, ModelFamily, writable
 from finetune.files import write_json, write_tensors
 
 LAYOUTS = ("peft", "kohya")
@@ -138,7 +138,7 @@ def file_names(recipe: Recipe, algorithm: str, names: Mapping[str, ExportNames])
     if algorithm == "lokr" and fuses(names) and not recipe.export.formats:
         possible = ("peft",)
     files = {"peft": f"{run}-peft.safetensors", "kohya": f"{run}.safetensors"}
-    return {layout: files[layout] for layout in wanted(recipe, possible)}
+    return {layout: files[layout] for layout in wanted(recipe, writable(possible, names))}
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
