@@ -174,8 +174,12 @@ class Published:
 
 
 def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
-    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them."""
-    return tuple(layout for layout in layouts if names["denoiser"].kohya or layout not in KOHYA)
+    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them, and no
+    bundle where A1111, its only reader, has no such model.
+    """
+    called = names["denoiser"]
+    lacking = {*(() if called.kohya else KOHYA), *(("bundle",) if "a1111" in called.unread_by else ())}
+    return tuple(layout for layout in layouts if layout not in lacking)
 
 
 class ModelFamily(Protocol):
