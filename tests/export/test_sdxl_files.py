@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from published import denoiser, layers_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from finetune.config.schema import ModelConfig
 from finetune.export import export, kohya, layers, read, verify
 from finetune.export.layers import Layer
-from finetune.families import sdxl
+from finetune.export.metadata import describe, side_file
+from finetune.families import load_family, sdxl
 from finetune.families.unet import linears
 from finetune.family import ExportNames
 from finetune.originals import unet
@@ -129,3 +133,28 @@ def test_lokr_and_loha_are_merged_by_these_names(tiny_sdxl, recipe, tmp_path):
     checks = verify(path, weights=adapter.weights()).require().checks
     assert {"comfyui", "a1111", "merged: loads, output"} <= {check.name for check in checks}
     assert Path(path).with_suffix(".json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "architecture", "version", "shelf"),
+    [
+        ("sdxl", 2048, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL"),
+        ("sd", 768, "stable-diffusion-v1", "sd_v1", "SD1"),
+        ("sd", 1024, "stable-diffusion-v2", "sd_v2", "SD2"),
+        ("sd", 32, "stable-diffusion-custom", "", "Other"),
+    ],
+)
+def test_headers_call_published_models_by_their_names(
+    family, width, architecture, version, shelf, tiny_sd, tiny_sdxl, tmp_path, recipe
+):
+    """FORMATS 1.6: Forge and A1111 sort their lists by these."""
+    base = shutil.copytree(tiny_sdxl if family == "sdxl" else tiny_sd, tmp_path / "base")
+    settings = base / "unet" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "cross_attention_dim": width}))
+    loaded = load_family(ModelConfig(path=str(base)))
+    adapted = recipe(model={"path": str(base)})
+    one = Layer(network="denoiser", module="m", down=torch.ones(1, 2), up=torch.ones(2, 1), alpha=1.0)
+    header = describe("kohya", [one], {}, loaded, adapted)
+    assert header["modelspec.architecture"] == f"{architecture}/lora"
+    assert (header.get("ss_base_model_version", ""), header["ss_v2"]) == (version, str(shelf == "SD2"))
+    assert side_file(adapted, loaded)["sd version"] == shelf
