@@ -16,9 +16,11 @@ from finetune.batch import Conditioning
 from finetune.families import clip_text, t5, two_streams
 from finetune.families.folder import DiffusersFolder, Part
 from finetune.families.unet import missing_level
-from finetune.family import ExportNames, Sites, Unsupported
+from finetune.family import ExportNames, Published, Sites, Unsupported
+from finetune.originals import flux as original
 
 CLIP, T5 = "text_encoder", "text_encoder_2"
+_WIDTH = 3072  # of the published model
 
 
 class Flux(DiffusersFolder):
@@ -59,11 +61,16 @@ class Flux(DiffusersFolder):
             readers=self.readers,
             vocabularies=list(self.vocabularies.values()),
         )
+        settings = self.settings["denoiser"]
+        whole = settings["num_attention_heads"] * settings["attention_head_dim"] == _WIDTH
+        unread = ("a1111",) if whole else ("a1111", "diffusers")  # whose converter knows that width alone
         self.export_names = {
-            "denoiser": ExportNames("transformer"),
-            CLIP: ExportNames(CLIP, missing_level=missing_level(self.parts[CLIP]), words="clip_l"),
-            T5: ExportNames(T5, words="t5xxl"),
+            "denoiser": ExportNames("transformer", "lora_unet", places=original.places(settings), unread_by=unread),
+            CLIP: ExportNames(CLIP, "lora_te1", missing_level(self.parts[CLIP]), "clip_l"),
+            T5: ExportNames(T5, "lora_te3", words="t5xxl"),
         }
+        if whole:
+            self.published = Published("flux-1-dev" if self.guidance else "flux-1-schnell", "flux1", "Flux")
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """T5's last hidden states, and CLIP's pooled answer."""

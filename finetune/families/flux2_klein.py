@@ -19,7 +19,7 @@ from finetune.families.flux import packed, unpacked
 from finetune.families.folder import Part, read_json
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
 from finetune.families.unet import NORMS
-from finetune.family import ExportNames, Sites
+from finetune.family import ExportNames, Published, Sites
 from finetune.objectives import Denoising, Flow
 from finetune.objectives.shifts import Size, static
 
@@ -43,6 +43,7 @@ class Flux2Klein(LanguageModelFolder):
     """
 
     name: ClassVar[str] = "flux2-klein"
+    published = Published("flux-2-klein")
     models: ClassVar[str] = "FLUX.2 klein"
     pipelines: ClassVar[Sequence[str]] = ("Flux2KleinPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {

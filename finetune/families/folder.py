@@ -19,7 +19,7 @@ from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.families.schedulers import with_settings
 from finetune.families.words import write_out
-from finetune.family import ExportNames, Sites, Unsupported, Vocabulary
+from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
 from finetune.objectives import Denoising, Process, process_of
 
@@ -86,6 +86,7 @@ class DiffusersFolder(ABC):
     objective: Objective
     sites: Sites
     export_names: Mapping[str, ExportNames]
+    published: Published = Published()
     pixel_multiple: int
 
     def __init__(self, folder: Path, source: str | None = None) -> None:

@@ -16,7 +16,7 @@ from finetune.families.flux import packed, unpacked
 from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
 from finetune.families.unet import NORMS
-from finetune.family import ExportNames, Sites
+from finetune.family import ExportNames, Published, Sites
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -38,6 +38,7 @@ class QwenImage(LanguageModelFolder):
     """
 
     name: ClassVar[str] = "qwen-image"
+    published = Published("qwen-image")
     models: ClassVar[str] = "Qwen-Image"
     pipelines: ClassVar[Sequence[str]] = ("QwenImagePipeline",)
     parts: ClassVar[Mapping[str, Part]] = {

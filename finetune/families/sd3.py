@@ -17,12 +17,21 @@ from finetune.families import clip_text, t5, two_streams
 from finetune.families.folder import DiffusersFolder, Part, read_json
 from finetune.families.long_prompts import read_units, split
 from finetune.families.unet import missing_level
-from finetune.family import ExportNames, Sites, Unsupported
+from finetune.family import ExportNames, Published, Sites, Unsupported
+from finetune.originals import sd3 as original
 
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
 LENGTH = 256
 """Tokens that the pipeline lets T5 read."""
+
+_UNREAD_BY = ("diffusers", "a1111")  # of kohya's files
+_PUBLISHED = {
+    (24, False): Published("stable-diffusion-3-m"),
+    (24, True): Published("stable-diffusion-3-5-medium"),
+    (38, True): Published("stable-diffusion-3-5-large"),
+}
+"""By attention heads, and whether queries and keys are normalised."""
 
 
 class SD3(DiffusersFolder):
@@ -52,7 +61,8 @@ class SD3(DiffusersFolder):
             self.parts = {name: part for name, part in self.parts.items() if name != T5}  # type: ignore[misc]
         super().__init__(folder, source)
         self.pixel_multiple = self.latent_scale * self.patch
-        last = self.settings["denoiser"]["num_layers"] - 1
+        settings = self.settings["denoiser"]
+        last = settings["num_layers"] - 1
         self.sites = Sites(
             linears=two_streams.linears(CLIPS),
             selections=two_streams.selections(CLIPS),
@@ -63,11 +73,12 @@ class SD3(DiffusersFolder):
         )
         levels = {name: missing_level(self.parts[name]) for name in CLIPS}
         self.export_names = {
-            "denoiser": ExportNames("transformer"),
-            "text_encoder": ExportNames("text_encoder", missing_level=levels["text_encoder"], words="clip_l"),
-            "text_encoder_2": ExportNames("text_encoder_2", missing_level=levels["text_encoder_2"], words="clip_g"),
-            **({T5: ExportNames(T5, words="t5xxl")} if T5 in self.parts else {}),
+            "denoiser": ExportNames("transformer", "lora_unet", places=original.places(settings), unread_by=_UNREAD_BY),
+            "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
+            "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
+            **({T5: ExportNames(T5, "lora_te3", words="t5xxl")} if T5 in self.parts else {}),
         }
+        self.published = _PUBLISHED.get((settings["num_attention_heads"], bool(settings.get("qk_norm"))), Published())
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """The CLIPs' states before the last layer, side by side, and behind them T5's; the CLIPs' pooled answers."""

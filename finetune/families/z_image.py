@@ -15,7 +15,7 @@ from finetune.batch import Conditioning
 from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, apart, ask
 from finetune.families.unet import NORMS
-from finetune.family import ExportNames, Sites
+from finetune.family import ExportNames, Published, Sites
 
 _BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+"
 _ATTENTION = [rf"{_BLOCK}\.attention\.to_(q|k|v|out\.0)"]
@@ -30,6 +30,7 @@ class ZImage(LanguageModelFolder):
     """
 
     name: ClassVar[str] = "z-image"
+    published = Published("z-image")
     models: ClassVar[str] = "Z-Image and Z-Image-Turbo"
     pipelines: ClassVar[Sequence[str]] = ("ZImagePipeline",)
     parts: ClassVar[Mapping[str, Part]] = {
