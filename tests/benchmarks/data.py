@@ -35,6 +35,7 @@ from finetune.data.ahead import ahead
 from finetune.data.encode import Latents
 from finetune.data.facts import Known
 from finetune.data.framing import Framing, Size
+from finetune.data.processes import Alone
 from finetune.data.sources import Concept, Picture
 
 KINDS = {  # size, suffix, EXIF orientation
@@ -172,8 +173,10 @@ def cache(scale: float, turns: int) -> None:
                 concepts=[ConceptConfig(folder="x")], resolution=64, cache={"folder": str(Path(name) / str(number))}
             )
             framing, found = Framing.of(data), Latents(family, data)
-            for one in taken:
-                found.get(one, framing.crop(one.facts.width, one.facts.height))
+            cuts = [(one, framing.crop(one.facts.width, one.facts.height), False) for one in taken]
+            found.fill(cuts, Alone())
+            for cut in cuts:
+                found.get(*cut)
 
         latents(-1)
         cold, warm = best(min(turns, 3), lambda: latents(next(folders)), lambda: latents(-1))
