@@ -98,13 +98,14 @@ class UNetFolder(DiffusersFolder):
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
-        if not words and self._lengths(caption) <= self._vocabulary.tokenizer.model_max_length - 2:
-            return 0  # as nearly all are, a million of them too
+        if self.prompt_chunks == 1 and not words:  # a million captions are counted, not cut
+            return max(0, self._lengths(caption) + 2 - int(self._vocabulary.tokenizer.model_max_length))
         return self._split(caption, words).lost
 
     def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """A whole number of chunks, padding included."""
-        return len(self._split(caption, words).chunks) * int(self._vocabulary.tokenizer.model_max_length)
+        chunks = 1 if self.prompt_chunks == 1 else len(self._split(caption, words).chunks)
+        return chunks * int(self._vocabulary.tokenizer.model_max_length)
 
     def pipeline(self) -> Any:
         """An ordinary pipeline around the networks in memory, which reads long prompts as training does."""
