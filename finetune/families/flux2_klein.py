@@ -18,7 +18,7 @@ from finetune.batch import Conditioning
 from finetune.families.flux import packed, unpacked
 from finetune.families.folder import Part, read_json
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
-from finetune.families.unet import NORMS
+from finetune.families.patterns import NORMS
 from finetune.family import ExportNames, Published, Sites
 from finetune.objectives import Denoising, Flow
 from finetune.objectives.shifts import Size, static

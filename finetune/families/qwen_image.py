@@ -15,7 +15,7 @@ from finetune.batch import Conditioning, Posterior
 from finetune.families.flux import packed, unpacked
 from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
-from finetune.families.unet import NORMS
+from finetune.families.patterns import NORMS
 from finetune.family import ExportNames, Published, Sites
 
 TEMPLATE = (

@@ -4,12 +4,10 @@ picture, that attend to each other (Esser et al. 2024, https://arxiv.org/abs/240
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from finetune.families.unet import CLIP_ATTENTION, CLIP_LAYERS, CLIP_WIDE, NORMS
+from finetune.families import patterns
 from finetune.family import Unsupported
-
-Patterns = Mapping[str, Mapping[str, Sequence[str]]]
 
 READERS = Unsupported("its denoiser has no cross-attention layers; prompt and picture share their attention")
 
@@ -17,7 +15,7 @@ _ATTENTION = r".*\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 _FEED_FORWARD = r".*\.ff(_context)?\.net\.(0\.proj|2)"
 
 
-def linears(clips: Sequence[str], *further: str) -> Patterns:
+def linears(clips: Sequence[str], *further: str) -> patterns.Patterns:
     """``Sites.linears`` of such a transformer beside ``clips``, the CLIP text encoders that train with it.
 
     Args:
@@ -29,24 +27,16 @@ def linears(clips: Sequence[str], *further: str) -> Patterns:
         "wide": [_ATTENTION, _FEED_FORWARD, *further],
         "blocks": [r"(single_)?transformer_blocks\..*"],
     }
-    text = {preset: CLIP_WIDE if preset in ("wide", "blocks") else CLIP_ATTENTION for preset in transformer}
-    return _beside(transformer, text, clips)
+    return patterns.linears(transformer, clips, wide=("wide", "blocks"))
 
 
-def selections(clips: Sequence[str]) -> Patterns:
+def selections(clips: Sequence[str]) -> patterns.Patterns:
     """``Sites.selections`` of such a transformer beside ``clips``."""
     transformer = {
         "all": [""],
         "attention": [r"\.attn2?\."],
         "context": [r"\.attn\.(add_|to_add_out|norm_added_)", r"\.(norm1|ff)_context\."],
-        "norm-bias": NORMS,
+        "norm-bias": patterns.NORMS,
         "blocks": [r"^(single_)?transformer_blocks\."],
     }
-    text = {preset: {"all": [""], "norm-bias": NORMS}.get(preset, CLIP_LAYERS) for preset in transformer}
-    return _beside(transformer, text, clips)
-
-
-def _beside(
-    transformer: Mapping[str, Sequence[str]], text: Mapping[str, Sequence[str]], clips: Sequence[str]
-) -> Patterns:
-    return {preset: {"denoiser": found, **dict.fromkeys(clips, text[preset])} for preset, found in transformer.items()}
+    return patterns.selections(transformer, clips)

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig
 
 from finetune.batch import Conditioning
 from finetune.errors import UserError
-from finetune.families import long_prompts
+from finetune.families import long_prompts, patterns
 from finetune.families.folder import DiffusersFolder, Part
 from finetune.families.lengths import Lengths
 from finetune.family import Unsupported, Vocabulary
@@ -22,18 +22,12 @@ from finetune.family import Unsupported, Vocabulary
 READERS = ("attn2.to_k", "attn2.to_v")
 """Layers that read the prompt."""
 
-Patterns = Mapping[str, Mapping[str, Sequence[str]]]
-
 _ATTENTION = [r".*\.attn[12]\.to_(q|k|v|out\.0)"]
 _WIDE = [*_ATTENTION, r".*\.attentions\.\d+\.proj_(in|out)", r".*\.ff\.net\.(0\.proj|2)"]
 _CONV = [*_WIDE, r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)", r".*\.(down|up)samplers\.0\.conv"]
-CLIP_ATTENTION = [r".*\.self_attn\.(q|k|v|out)_proj"]
-CLIP_WIDE = [*CLIP_ATTENTION, r".*\.mlp\.fc[12]"]
-CLIP_LAYERS = [r"(^|\.)encoder\.", r"(^|\.)final_layer_norm\."]
-NORMS = [r"norm\w*\.weight$", r"bias$"]
 
 
-def linears(text_encoders: Sequence[str]) -> Patterns:
+def linears(text_encoders: Sequence[str]) -> patterns.Patterns:
     """``Sites.linears`` of a U-Net with these text encoders."""
     unet = {
         "attention": _ATTENTION,
@@ -42,30 +36,22 @@ def linears(text_encoders: Sequence[str]) -> Patterns:
         "wide": _WIDE,
         "conv": _CONV,
     }
-    text = {preset: CLIP_WIDE if preset in ("wide", "conv") else CLIP_ATTENTION for preset in unet}
-    return _beside(unet, text, text_encoders)
+    return patterns.linears(unet, text_encoders, wide=("wide", "conv"))
 
 
-def selections(text_encoders: Sequence[str]) -> Patterns:
+def selections(text_encoders: Sequence[str]) -> patterns.Patterns:
     """``Sites.selections`` of a U-Net with these text encoders."""
     unet = {
         "all": [""],
         "attention": [r"\.attn[12]\."],
         "cross-attention": [r"\.attn2\."],
         "cross-kv": [r"\.attn2\.to_[kv]\."],
-        "norm-bias": NORMS,
+        "norm-bias": patterns.NORMS,
         "down": [r"^down_blocks\."],
         "mid": [r"^mid_block\."],
         "up": [r"^up_blocks\."],
     }
-    text = {preset: {"all": [""], "norm-bias": NORMS}.get(preset, CLIP_LAYERS) for preset in unet}
-    return _beside(unet, text, text_encoders)
-
-
-def _beside(
-    unet: Mapping[str, Sequence[str]], text: Mapping[str, Sequence[str]], text_encoders: Sequence[str]
-) -> Patterns:
-    return {preset: {"denoiser": found, **dict.fromkeys(text_encoders, text[preset])} for preset, found in unet.items()}
+    return patterns.selections(unet, text_encoders)
 
 
 class UNetFolder(DiffusersFolder):

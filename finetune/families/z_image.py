@@ -14,7 +14,7 @@ from torch import Tensor
 from finetune.batch import Conditioning
 from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, apart, ask
-from finetune.families.unet import NORMS
+from finetune.families.patterns import NORMS
 from finetune.family import ExportNames, Published, Sites
 
 _BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+"
