@@ -181,6 +181,23 @@ def verify(
     found.require()
 
 
+@app.command()
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An adapter of any trainer, or a run's folder.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say what an adapter is: method, layout, ranks, model, trigger words, and which tools load it. Needs no model."""
+    import dataclasses
+    import json
+
+    from finetune.export.inspect import inspect as look
+
+    found = look(file)
+    typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
+
+
 @app.command("merge-concepts")
 def merge_concepts(
     runs: Annotated[

@@ -15,6 +15,7 @@ from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.objective import Objective
 from finetune.objectives import Process
+from finetune.originals import Places
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -134,12 +135,32 @@ class ExportNames:
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
+        places: where kohya's files have layers that they do not call as diffusers does, a table of
+            ``finetune.originals``; empty where the names are diffusers' own.
+        unread_by: tools that read no file of kohya's naming that is for this network, though they do for others.
     """
 
     diffusers: str
     kohya: str
     missing_level: str = ""
     words: str = ""
+    places: Places = field(default_factory=dict)
+    unread_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    """What headers of adapter files call the models that they are for, where a family's is one of the published sizes.
+
+    Attributes:
+        architecture: ModelSpec's: "stable-diffusion-xl-v1-base".
+        version: kohya's ``ss_base_model_version``: "sdxl_base_v1-0", or "".
+        shelf: under which A1111 and Forge list it: "SDXL".
+    """
+
+    architecture: str = "stable-diffusion-custom"
+    version: str = ""
+    shelf: str = "Other"
 
 
 class ModelFamily(Protocol):
@@ -157,6 +178,7 @@ class ModelFamily(Protocol):
     sampling: Mapping[str, Any]  # settings of its pipeline's scheduler that training changes; set from the objective
     sites: Sites
     export_names: Mapping[str, ExportNames]  # network -> names
+    published: Published  # what files' headers call it
     text_encoders: Sequence[str]  # names of the networks that read prompts
     pixel_multiple: int  # image sides must divide by this
     latent_scale: int  # pixels per latent cell along a side

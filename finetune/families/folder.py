@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.families.schedulers import with_settings
-from finetune.family import ExportNames, Sites, Unsupported, Vocabulary
+from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
 from finetune.objectives import Denoising, process_of
 
@@ -74,6 +74,7 @@ class DiffusersFolder(ABC):
 
     sites: Sites
     export_names: Mapping[str, ExportNames]
+    published: Published = Published()
     pixel_multiple: int
 
     def __init__(self, folder: Path, source: str | None = None) -> None:

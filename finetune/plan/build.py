@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from finetune.export.kinds import aesthetic, embedding, full, hypernetwork, lora
 from finetune.export.read import MODEL
 from finetune.families import load_family, model_folder
 from finetune.families.tokens import check_trigger
-from finetune.family import ModelFamily
+from finetune.family import ExportNames, ModelFamily
 from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
 from finetune.plan.memory import adaptation, estimate
 from finetune.plan.skeleton import fill, parameters
@@ -81,7 +81,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
         memory=estimate(recipe, family, networks, groups, processes, longest),
-        output=_output(recipe),
+        output=_output(recipe, family.export_names),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
     )
 
@@ -103,7 +103,7 @@ def _untrained(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Conc
         class_images=(),
         caches=(),
         memory=adaptation(networks, family.text_encoders),
-        output=_output(recipe),
+        output=_output(recipe, family.export_names),
         notes=notes,
     )
 
@@ -186,10 +186,10 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
         )
 
 
-def _output(recipe: Recipe) -> Output:
+def _output(recipe: Recipe, names: Mapping[str, ExportNames]) -> Output:
     folder = RunFolder(Path(recipe.output))
     adapters = folder.adapters.name
-    written = _written(recipe, recipe.adapter)
+    written = _written(recipe, recipe.adapter, names)
     steps = [folder.metrics.name, f"{folder.checkpoints.name}/ ({recipe.checkpoint.keep} kept)"]
     if isinstance(recipe.adapter, AestheticConfig):
         steps = []
@@ -199,11 +199,11 @@ def _output(recipe: Recipe) -> Output:
     return Output(folder=str(folder.path), state=_state(folder, recipe), files=tuple(files))
 
 
-def _written(recipe: Recipe, adapter: AdapterConfig) -> list[str]:
-    """The files that hold weights, of each of an adapter's parts."""
+def _written(recipe: Recipe, adapter: AdapterConfig, names: Mapping[str, ExportNames]) -> list[str]:
+    """The files that hold weights, of each of an adapter's parts, for a family of these names."""
     match adapter:
         case PivotalConfig():
-            parts = [*_written(recipe, adapter.weights), *_written(recipe, adapter.embedding)]
+            parts = [*_written(recipe, adapter.weights, names), *_written(recipe, adapter.embedding, names)]
             return [*parts, *pivotal.file_names(recipe).values()]
         case AestheticConfig():
             baked = [f"baked/{name}" for name in lora.file_names(recipe).values()] if adapter.bake_prompts else []
@@ -216,7 +216,7 @@ def _written(recipe: Recipe, adapter: AdapterConfig) -> list[str]:
             return list(hypernetwork.file_names(recipe).values())
         case LoraConfig():
             return list(lora.file_names(recipe).values())
-    return list(lycoris.file_names(recipe, adapter.kind).values())
+    return list(lycoris.file_names(recipe, adapter.kind, names).values())
 
 
 def _state(folder: RunFolder, recipe: Recipe) -> str:

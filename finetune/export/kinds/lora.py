@@ -26,7 +26,7 @@ from finetune.export.kinds.lycoris import write_file
 from finetune.export.layers import Layer, layers
 from finetune.export.lycoris import Change, differences
 from finetune.export.merge import merge
-from finetune.export.metadata import describe, prompt_width, side_file
+from finetune.export.metadata import describe, side_file
 from finetune.export.read import CONVENTIONAL, FORMATS, Identity, read_tensors
 from finetune.family import ModelFamily
 from finetune.files import write_json
@@ -86,6 +86,8 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
         pipeline.load_lora_weights(str(found.path), adapter_name="sampled")
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"{found.path} does not fit the base: {str(error).splitlines()[0]}") from error
+    if not any("sampled" in held for held in pipeline.get_list_adapters().values()):
+        raise UserError(f"{found.path}: diffusers knows none of its layers in {type(pipeline).__name__}")
     if strength != 1.0:
         pipeline.set_adapters(["sampled"], [strength])
 
@@ -112,5 +114,5 @@ def _write(
         written = FORMATS[layout].unpack(tensors, names)
     write_file(path, tensors, describe(layout, written, weights.settings, family, recipe))
     if layout != "diffusers":
-        write_json(path.with_suffix(".json"), side_file(recipe, prompt_width(found, family)))
+        write_json(path.with_suffix(".json"), side_file(recipe, family))
     return path

@@ -18,7 +18,7 @@ from finetune.export.bundle import PREFIX, load_bundle, pack, parts_of
 from finetune.export.checks import Report
 from finetune.export.kinds import Contents, wanted
 from finetune.export.kinds.lycoris import write_file
-from finetune.export.metadata import OWN, describe, prompt_width, side_file
+from finetune.export.metadata import OWN, describe, side_file
 from finetune.export.read import Identity
 from finetune.family import ModelFamily
 from finetune.files import write_json
@@ -35,7 +35,7 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     tensors = pack(found, words, family.export_names, getattr(torch, recipe.export.dtype))
     header = describe("kohya", found, json.loads(weights.settings["layers"]), family, recipe)
     write_file(path, tensors, header | {f"{OWN}kind": "pivotal", f"{OWN}layout": "bundle"})
-    write_json(path.with_suffix(".json"), side_file(recipe, prompt_width(found, family)))
+    write_json(path.with_suffix(".json"), side_file(recipe, family))
     return [path]
 
 
