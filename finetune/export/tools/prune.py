@@ -47,7 +47,7 @@ def prune(
     if not left or not gone:
         raise UserError(f"{source.path}: {'no' if not left else 'every'} layer of {len(called)} would be left")
     if source.kind == "lycoris":
-        write_changes(source, out, source.layout, source.dtype, left)
+        write_changes(source, out, "kohya" if source.layout == "kohya" else "peft", source.dtype, left)
         return Pruned(out, left, gone)
 
     def blocks() -> Iterator[list[Layer]]:

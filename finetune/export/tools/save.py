@@ -80,7 +80,7 @@ def save(
             header |= {ALPHA: repr(alpha)} if alpha is not None else {}
         else:
             header |= _network(ranks, alphas, convolves, metadata)
-        writer.metadata |= header
+        writer.metadata |= {key: value for key, value in header.items() if value}
     return out
 
 

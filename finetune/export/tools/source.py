@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from finetune.config.schema import ModelConfig
-from finetune.errors import UserError
+from finetune.errors import GuardError, UserError
 from finetune.export import guess, lycoris_peft
 from finetune.export.keys import Key, algorithm, parse
-from finetune.export.layers import Layer
+from finetune.export.layers import Layer, check, check_shape
 from finetune.export.lycoris import Change
 from finetune.export.metadata import OWN
 from finetune.export.read import locate, read_header
@@ -54,9 +54,8 @@ class Source:
     Attributes:
         kind: "lora" or "lycoris".
         layout: as ``finetune.export.keys.Key`` says: "kohya", "diffusers", "before peft", "comfyui", "peft".
-        metadata: of the header.
+        metadata: of the header, with the base that was named.
         family: of the base, no network loaded; None where it is not at hand.
-        base: what the base is called; None where nothing says it.
         names: of the networks.
         outline: name -> layer without numbers, on the device "meta": shapes, ranks and alphas.
         dtype: of the numbers, the widest.
@@ -74,7 +73,9 @@ class Source:
         if not keys:
             raise UserError(f"{path}: holds no tensors")
         sizes = {text: shape for found in held.values() for text, (_, shape) in found.items()}
-        self.base, self.family = _base(self.metadata, base)
+        self.family = _family(self.metadata, base)
+        if base is not None:
+            self.metadata = {**self.metadata, f"{OWN}base": base, f"{OWN}revision": ""}
         self.names = self.family.export_names if self.family else _published(path, [key for _, key in keys], sizes)
         self.dtype = _widest([held[file][key.text][0] for file, key in keys if key.part != "alpha"])
         stems: dict[tuple[Path, str], dict[str, Key]] = {}
@@ -101,12 +102,15 @@ class Source:
         """A layer, read from the file.
 
         Raises:
-            UserError: a number of it is not finite.
+            UserError: its tensors do not fit each other, or a number is not finite.
         """
         found = next(layer for layer in self._read(self._stems[name]) if layer.name == name)
-        for part, tensor in parts_of(found).items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"{self.path}: {name}: {part} holds numbers that are NaN or infinite")
+        try:
+            check(parts_of(found))
+            if isinstance(found, Layer):
+                check_shape(found)
+        except GuardError as error:
+            raise UserError(f"{self.path}: {name}: {error}") from error
         return found
 
     def layer(self, name: str) -> Layer:
@@ -211,19 +215,19 @@ def _kind(path: Path, stems: Iterable[Mapping[str, Key]]) -> str:
     return next(iter(kinds))
 
 
-def _base(metadata: Mapping[str, str], base: str | None) -> tuple[str | None, ModelFamily | None]:
+def _family(metadata: Mapping[str, str], base: str | None) -> ModelFamily | None:
     from finetune.families import load_family
 
     said = base or metadata.get(f"{OWN}base")
     if not said:
-        return None, None
+        return None
     try:
         revision = None if base else metadata.get(f"{OWN}revision")
-        return said, load_family(ModelConfig(path=said, revision=revision))
+        return load_family(ModelConfig(path=said, revision=revision))
     except UserError:
         if base:
             raise
-        return said, None  # the header speaks of a model that is not on this machine
+        return None  # the header speaks of a model that is not on this machine
 
 
 def _published(path: Path, keys: Sequence[Key], sizes: Mapping[str, Sequence[int]]) -> Mapping[str, ExportNames]:

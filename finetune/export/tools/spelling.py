@@ -76,10 +76,10 @@ def low_rank(keys: Mapping[str, Key], tensors: Mapping[str, Tensor], names: Name
     one = next(iter(keys.values()))
     if strange := sorted(parts.keys() - LOW_RANK):
         raise UserError(f"{keys[strange[0]].text!r} cannot be taken over: a low-rank layer has no {strange[0]}")
+    network = network_of(one, names)
     for part, other in (("down", "up"), ("up", "down")):
         if part not in parts:
             raise UserError(f"key {keys[other].text if other in keys else one.text!r} lacks its partner, the {part}")
-    network = network_of(one, names)
     down, up = parts["down"], parts["up"]
     if "mid" in parts:  # of LoCon's middle factor the first convolution takes the rest over
         down = torch.einsum("ri...,ic->rc...", parts["mid"].float(), down.float().flatten(1)).to(down)
