@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import finetune
+from finetune import cli_adapters as adapters
 from finetune import cli_data as data
 from finetune import cli_tinyworld as tinyworld
 from finetune.config.command import exit_codes
@@ -266,6 +267,8 @@ def models() -> None:
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
+for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):
+    app.command()(verb)
 app.add_typer(
     data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."
 )

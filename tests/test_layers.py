@@ -43,7 +43,15 @@ ALLOWED = {
     "finish": {*BORDERS, "config", "data", "families", "train", "export", "evaluation", "sampling", "distributed"},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }
-COMMANDS = {"cli", "cli_caption", "cli_data", "cli_masks", "cli_tinyworld", "__main__"}  # may name everything
+COMMANDS = {
+    "cli",
+    "cli_adapters",
+    "cli_caption",
+    "cli_data",
+    "cli_masks",
+    "cli_tinyworld",
+    "__main__",
+}  # may name everything
 TORCHLESS = {"errors", "config", *COMMANDS, "__init__"}
 FILES = sorted((ROOT / "finetune").rglob("*.py"))
 
