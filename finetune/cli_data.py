@@ -131,7 +131,7 @@ def shard(
     pictures, total = (sum(getattr(record, what) for record in done.records) for what in ("pictures", "bytes"))
     there = len(done.records) - done.written
     typer.echo(
-        f"{out}: {pictures} pictures in {len(done.records)} shard(s), {total / 1e6:.1f} MB; "
+        f"{out}: {pictures} pictures in {len(done.records)} shards, {total / 1e6:.1f} MB; "
         f"{done.written} written, {there} were there"
     )
 
