@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,13 @@ class SDXL(UNetFolder):
         said = torch.tensor([caption != "" for caption in captions], device=found.tokens.device)
         assert found.pooled is not None
         return replace(found, tokens=found.tokens * said[:, None, None], pooled=found.pooled * said[:, None])
+
+    def fingerprint(self, *networks: str) -> str:
+        """As elsewhere; a text encoder's says too whether the empty caption is zeros."""
+        found = super().fingerprint(*networks)
+        if self.unguided_is_zero or not set(networks) & set(self.text_encoders):
+            return found
+        return hashlib.sha256(f"{found}, the empty caption is read".encode()).hexdigest()
 
     def read(self, texts: Sequence[str]) -> Conditioning:
         """As ``encode_prompt``, the empty text like any other."""
