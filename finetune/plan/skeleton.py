@@ -42,9 +42,8 @@ def fill(family: ModelFamily, folder: Path) -> dict[str, int]:
 
     What blocks are swapped is left to the estimate: a skeleton lies nowhere.
     """
-    components = {network: names.diffusers for network, names in family.export_names.items()} | {"vae": "vae"}
     counts = {}
-    for network, component in components.items():
+    for network, component in family.components.items():
         bare = skeleton(folder, component)
         counts[network] = parameters(bare)
         nn.Module.to(bare, getattr(torch, family.model.dtype_of(network)))  # diffusers' own warns of what it keeps
