@@ -88,6 +88,10 @@ class Adapter(Protocol):
         """Inside, the networks answer as they did before anything was trained."""
         ...
 
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """Frozen weights of the base that hold something else while this trains, by canonical name: what they were."""
+        return {}
+
     def parts(self) -> Sequence[Adapter]:
         """The adapters that this one is made of, each of which is exported for itself."""
         return (self,)

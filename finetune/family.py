@@ -233,6 +233,15 @@ class ModelFamily(Protocol):
         """Another copy of a network as it is on disk: on the CPU, frozen, in ``eval()``, not in ``networks``."""
         ...
 
+    def twin(self, originals: Mapping[str, Tensor]) -> ModelFamily:
+        """The same model by itself, as if it had just been loaded: without what methods have added to its networks and
+        tokenizers. It shares the weights that are in memory; nobody may write into those.
+
+        Args:
+            originals: canonical name -> what the base has in place of a weight in memory.
+        """
+        ...
+
     def fingerprint(self, *networks: str) -> str:
         """Hex digest of the named networks' weights and settings as on disk; changes when any of them does."""
         ...

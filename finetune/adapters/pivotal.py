@@ -102,6 +102,10 @@ class Pivotal(Adapter):
             finally:
                 self._memo.untouched = False
 
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """As the layers say; words stand behind the table."""
+        return self.layers.set_aside()
+
     def parts(self) -> Sequence[Adapter]:
         """The layers, the words, and both together for files that bundle them."""
         return (self.layers, self.words, self)

@@ -263,6 +263,9 @@ class SamplesConfig(Section):
     """What to draw; some of the concepts' own prompts where there are none."""
     per_prompt: PositiveInt = 1
     """Pictures per prompt."""
+    strength: float = 1.0
+    """How much what was trained counts in them: 0 is the base, 1 all of it. Whole weights, words and rotations have 1
+    alone."""
     sampler: SamplerConfig = SamplerConfig()
 
 

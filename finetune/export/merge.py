@@ -27,6 +27,8 @@ _PREFIXES = {
 def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -> int:
     """Add what a file of layout kohya changes, ``strength`` times, and return how many layers that were.
 
+    Nothing is written into the tensors that the pipeline held, which others may share.
+
     Raises:
         UserError: the pipeline has no such layer, or one of another size.
     """
@@ -38,7 +40,7 @@ def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -
         if weight is None:
             raise UserError(f"the pipeline has no layer {names[change.network].diffusers}.{change.module}")
         try:
-            weight.copy_(change.changed(weight, strength))
+            weight.data = change.changed(weight, strength).to(weight)
         except GuardError as error:
             raise UserError(str(error)) from error
     return len(found)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
+from finetune.families.outlines import filled, outline
 from finetune.families.schedulers import with_settings
 from finetune.families.words import write_out
 from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
@@ -93,6 +94,8 @@ class DiffusersFolder(ABC):
         self.folder = folder
         self.source = source or str(folder)
         self.networks = nn.ModuleDict()
+        self._outlines: dict[str, nn.Module] = {}  # of networks in memory, as they were before anything was added
+        self._aside: dict[str, nn.Module] = {}  # networks that twins need and training does not
         self.device = torch.device("cpu")
         self.prompt_chunks = 1
         self.sampling: Mapping[str, Any] = {}
@@ -125,7 +128,9 @@ class DiffusersFolder(ABC):
         """Load the named networks in float32 onto ``device`` where they are not in memory, frozen, in ``eval()``."""
         for network in networks:
             if network not in self.networks:
-                self.networks[network] = self.fresh(network).to(self.device)
+                loaded = self.fresh(network)
+                self._outlines[network] = outline(loaded)
+                self.networks[network] = loaded.to(self.device)
 
     def fresh(self, network: str) -> nn.Module:
         """Another copy of a network as it is on disk: float32, on the CPU, frozen, in ``eval()``.
@@ -150,11 +155,30 @@ class DiffusersFolder(ABC):
         bare: nn.Module = loaded.eval().requires_grad_(False)
         return bare
 
+    def twin(self, originals: Mapping[str, Tensor]) -> DiffusersFolder:
+        """The same model without what methods have added; see ``finetune.family.ModelFamily``.
+
+        Networks that are not in memory are read when the first twin is made and are kept on the CPU for the next.
+        """
+        other = type(self)(self.folder, self.source)
+        other.device, other.prompt_chunks = self.device, self.prompt_chunks
+        other.objective, other.sampling, other.guidance = self.objective, self.sampling, self.guidance
+        for network in self.parts:
+            if network in self.networks and network in self._outlines:
+                frame, held = self._outlines[network], self.networks[network]
+            else:
+                held = self._aside[network] = self._aside.get(network) or self.fresh(network)
+                frame = outline(held)
+            own = {name.removeprefix(f"{network}."): one for name, one in originals.items()}
+            other.networks[network] = filled(frame, held, own).to(self.device)
+        return other
+
     def release(self, *networks: str) -> None:
         """Free the named networks."""
         for network in networks:
             if network in self.networks:
                 del self.networks[network]
+                self._outlines.pop(network, None)
 
     def fingerprint(self, *networks: str) -> str:
         """SHA-256 over the files of the named networks, hex; a text encoder's includes its tokenizer's."""

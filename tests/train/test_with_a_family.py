@@ -19,7 +19,8 @@ from finetune.distributed import start
 from finetune.errors import GuardError
 from finetune.families import load_family
 from finetune.randomness import generator
-from finetune.train import Trainer, preview
+from finetune.preview import preview
+from finetune.train import Trainer
 
 
 class Pictures:

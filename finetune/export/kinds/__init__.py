@@ -37,6 +37,14 @@ class Kind(Protocol):
     LAYOUTS: tuple[str, ...]
     """What its files may look like, the one that ``finetune sample`` draws with first."""
 
+    def require_learned(self, weights: Weights, recipe: Recipe) -> None:
+        """Refuse weights that are where they began, as far as they tell themselves.
+
+        Raises:
+            GuardError: they are.
+        """
+        ...
+
     def write(self, weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
         """Write ``weights`` in the layouts that the recipe names, each file whole or not at all."""
         ...

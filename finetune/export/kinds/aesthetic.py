@@ -29,6 +29,10 @@ LAYOUTS = ("diffusers", "a1111")
 DEFAULT_WEIGHT = 0.9  # of a file that does not say it, as in A1111
 
 
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """Nothing is: it is the mean of pictures."""
+
+
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``<run>.safetensors`` with the projection and a header that says all, ``<run>.pt`` with the bare embedding.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from finetune.adapter import Weights
 from finetune.config.adapters import FullConfig, PivotalConfig
@@ -26,6 +27,10 @@ LAYOUTS = (MODEL, DELTA)
 _FORMATS = {"diffusers": MODEL, DELTA: DELTA}  # what a recipe calls them
 
 
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """Only the base can tell: ``write`` compares with it."""
+
+
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``model/``, the base's folder with the trained weights put in; ``delta.safetensors``, these weights alone."""
     from finetune.families import model_folder
@@ -40,6 +45,22 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
         else:
             written.append(write_delta(weights, base, path, names, dtype, _header(weights, family, recipe)))
     return written
+
+
+@torch.no_grad()
+def put(networks: Mapping[str, nn.Module], weights: Weights, recipe: Recipe) -> None:
+    """Let ``networks`` be what is loaded again from the files of ``write``, without writing them.
+
+    In a whole model all weights have ``export.dtype`` and are rounded by it, in a delta those that were trained.
+    """
+    dtype = getattr(torch, recipe.export.dtype)
+    for network, module in networks.items():
+        for name, held in module.state_dict(keep_vars=True).items():
+            trained = weights.tensors.get(f"{network}.{name}")
+            if trained is None and layouts(recipe)[0] != MODEL:
+                continue
+            if held.is_floating_point():
+                held.data = (held if trained is None else trained).to(dtype).to(held)
 
 
 def layouts(recipe: Recipe) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from finetune.export.base import load_base
 from finetune.export.checks import Report
 from finetune.export.kinds import Contents, wanted
 from finetune.export.kinds.lycoris import write_file
-from finetune.export.layers import Layer, layers
+from finetune.export.layers import Layer, check_learned, layers
 from finetune.export.lycoris import Change, differences
 from finetune.export.merge import merge
 from finetune.export.metadata import describe, side_file
@@ -32,6 +32,11 @@ from finetune.family import ExportNames, ModelFamily, writable
 from finetune.files import write_json
 
 LAYOUTS = (*FORMATS, "difference")
+
+
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """``lora_B`` is zero at first."""
+    check_learned(layers(weights))
 
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from finetune.export import check_lycoris, lycoris_kohya, lycoris_peft
 from finetune.export.base import load_base
 from finetune.export.checks import Report
 from finetune.export.kinds import Contents, wanted
-from finetune.export.lycoris import Change, changes
+from finetune.export.lycoris import Change, changes, check_learned
 from finetune.export.merge import merge
 from finetune.export.metadata import OWN, describe, side_file
 from finetune.export.names import fuses
@@ -31,6 +31,11 @@ from finetune.files import write_json, write_tensors
 
 LAYOUTS = ("peft", "kohya")
 ADAPTER = "sampled"
+
+
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """One factor, or the rotation, is zero at first."""
+    check_learned(changes(weights))
 
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:

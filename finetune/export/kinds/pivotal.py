@@ -26,6 +26,10 @@ from finetune.files import write_json
 LAYOUTS = ("bundle",)
 
 
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """Each part is asked for itself, as it is exported for itself."""
+
+
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``<run>-bundle.safetensors`` with its card, where the recipe has a LoRA that can be bundled."""
     if not (names := file_names(recipe, family.export_names)):
