@@ -16,6 +16,7 @@ from finetune.config.origin import EMBEDDED, DatasetConfig
 from finetune.config.rates import last_step
 from finetune.config.schedule import ScheduleConfig
 from finetune.config.section import Fraction, Probability, Section, Text
+from finetune.config.tools import Tool
 from finetune.config.wording import FolderName, WordingConfig
 
 
@@ -276,6 +277,8 @@ class ExportConfig(Section):
         Annotated[list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle"]], Field(min_length=1)] | None
     ) = None
     """Layouts of the files; all that the method has where it is not set: docs/formats.md."""
+    tools: Annotated[list[Tool], Field(min_length=1)] | None = Field(default=None, alias="for")
+    """In place of `formats` the tools that shall read them: each gets the layout that it reads best."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the tensors in the files."""
 

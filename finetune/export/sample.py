@@ -11,7 +11,7 @@ from PIL import Image
 from finetune.adapter import Weights
 from finetune.config.schema import Recipe, SamplerConfig
 from finetune.export.base import load_base
-from finetune.export.kinds import kind, wanted
+from finetune.export.kinds import asked, kind, wanted
 from finetune.export.kinds.full import put
 from finetune.export.metadata import sampling
 from finetune.export.read import Identity, pieces
@@ -98,8 +98,9 @@ def as_exported(
 def _first(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """Write the layout that is drawn with where there are several."""
     writing = kind(weights.kind)
-    formats = list(wanted(recipe, writing.LAYOUTS)[:1])
-    export = recipe.export.model_copy(update={"formats": formats or recipe.export.formats})
+    method = weights.settings.get("algorithm", weights.kind)
+    formats = wanted(recipe, method, writing.LAYOUTS)[:1] or asked(recipe, method)
+    export = recipe.export.model_copy(update={"formats": formats, "tools": None})
     return writing.write(weights, family, recipe.model_copy(update={"export": export}), folder)
 
 

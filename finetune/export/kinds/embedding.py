@@ -113,7 +113,7 @@ def _file_names(token: str, tokens: Sequence[str], recipe: Recipe) -> dict[str, 
     if recipe.adapter.kind == "pivotal" and stem == Path(recipe.output).absolute().name:
         stem += "-word"  # beside it lies a LoRA that is called as the run is
     names = {"diffusers": [f"{plain}.safetensors"], "a1111": [f"{stem}.safetensors", f"{stem}.pt"]}
-    return {layout: names[layout] for layout in wanted(recipe, LAYOUTS)}
+    return {layout: names[layout] for layout in wanted(recipe, "embedding", LAYOUTS)}
 
 
 def _header(

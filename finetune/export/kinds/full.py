@@ -18,7 +18,7 @@ from finetune.export.base import load_base
 from finetune.export.checks import Report
 from finetune.export.delta import DELTA, load_delta, write_delta
 from finetune.export.full import write_model
-from finetune.export.kinds import Contents
+from finetune.export.kinds import Contents, asked
 from finetune.export.metadata import OWN, describe
 from finetune.export.read import DELTA_FILE, MODEL, Identity
 from finetune.family import ModelFamily
@@ -65,11 +65,12 @@ def put(networks: Mapping[str, nn.Module], weights: Weights, recipe: Recipe) -> 
 
 def layouts(recipe: Recipe) -> tuple[str, ...]:
     """What a recipe's weights are written as. Unless it says so, a selection does not cost a whole model's size."""
-    formats, adapter = recipe.export.formats, recipe.adapter
+    adapter = recipe.adapter.weights if isinstance(recipe.adapter, PivotalConfig) else recipe.adapter
+    selected = isinstance(adapter, FullConfig) and adapter.select != "all"
+    formats = asked(recipe, "selection" if selected else "full")
     if formats is not None:
         return tuple(layout for name, layout in _FORMATS.items() if name in formats)
-    weights = adapter.weights if isinstance(adapter, PivotalConfig) else adapter
-    return (DELTA,) if isinstance(weights, FullConfig) and weights.select != "all" else (MODEL,)
+    return (DELTA,) if selected else (MODEL,)
 
 
 def file_names(recipe: Recipe) -> dict[str, str]:

@@ -60,7 +60,7 @@ def file_names(recipe: Recipe) -> dict[str, str]:
     """What the files of a recipe are called, by layout."""
     run = Path(recipe.output).absolute().name
     names = {"diffusers": f"{run}.safetensors", "a1111": f"{run}.pt"}
-    return {layout: names[layout] for layout in wanted(recipe, LAYOUTS)}
+    return {layout: names[layout] for layout in wanted(recipe, "hypernetwork", LAYOUTS)}
 
 
 def recognise(contents: Contents) -> str | None:

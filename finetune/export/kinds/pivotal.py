@@ -53,7 +53,7 @@ def layouts(recipe: Recipe, names: Mapping[str, ExportNames]) -> tuple[str, ...]
         return ()
     if adapter.weights.use_dora or any("." in token.token for token in adapter.embedding.tokens):
         return ()
-    return wanted(recipe, writable(LAYOUTS, names))
+    return wanted(recipe, "pivotal", writable(LAYOUTS, names))
 
 
 def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> dict[str, str]:
