@@ -18,14 +18,18 @@ def outline(network: nn.Module) -> nn.Module:
 
 
 def filled(outline: nn.Module, held: nn.Module, originals: Mapping[str, Tensor]) -> nn.Module:
-    """Another copy of an ``outline`` with the parameters and buffers of ``held``, which it shares: frozen, in ``eval()``.
+    """Another copy of an ``outline`` around the parameters and buffers of ``held``: frozen, in ``eval()``.
 
     Args:
         held: the network that the outline is of, into which PEFT may have put layers since.
         originals: name of a parameter -> what is taken in place of it.
     """
-    tensors = {**dict(held.named_parameters(remove_duplicate=False)), **dict(held.named_buffers(remove_duplicate=False))}
-    there = {name.replace(".base_layer.", "."): tensor.detach() for name, tensor in tensors.items()} | originals
+    tensors = {
+        **dict(held.named_parameters(remove_duplicate=False)),
+        **dict(held.named_buffers(remove_duplicate=False)),
+    }
+    there = {name.replace(".base_layer.", "."): tensor.detach() for name, tensor in tensors.items()}
+    there.update(originals)
     copied = copy.deepcopy(outline, {id(buffer): buffer for buffer in outline.buffers()})
     tied: dict[int, nn.Parameter] = {}
     for path, module in copied.named_modules():

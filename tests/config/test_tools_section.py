@@ -42,7 +42,15 @@ def test_tools_and_formats_are_one_choice(tmp_path: Path) -> None:
 
 def test_every_method_says_of_every_tool_what_it_reads() -> None:
     tools = ["diffusers", "comfyui", "a1111", "forge", "kohya", "invokeai", "stable-diffusion.cpp"]
-    assert list(READS["lora"]) == ["diffusers", "comfyui", "a1111", "forge", "invokeai", "stable-diffusion.cpp", "kohya"]
+    assert list(READS["lora"]) == [
+        "diffusers",
+        "comfyui",
+        "a1111",
+        "forge",
+        "invokeai",
+        "stable-diffusion.cpp",
+        "kohya",
+    ]
     assert all(set(read) <= set(tools) and "diffusers" in read for read in READS.values())
     assert formats(["comfyui", "diffusers", "a1111"], "lora") == ("kohya", "diffusers")
 

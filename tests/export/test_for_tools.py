@@ -68,7 +68,9 @@ def test_a_pair_is_two_files_for_each_tool(recipe, tiny_sd):
 def test_a_tool_that_has_no_such_model_is_refused_before_anything_is_read(recipe, tmp_path, module, tool, said):
     folder = module.tiny(tmp_path / "model")
     with pytest.raises(UserError, match=said):
-        check_fit(recipe(model={"path": str(folder)}, export={"for": [tool]}), load_family(ModelConfig(path=str(folder))))
+        check_fit(
+            recipe(model={"path": str(folder)}, export={"for": [tool]}), load_family(ModelConfig(path=str(folder)))
+        )
 
 
 def test_sd3_needs_two_files(recipe, tmp_path):

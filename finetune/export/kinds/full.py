@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
 
 
 @torch.no_grad()
-def put(networks: Mapping[str, nn.Module], weights: Weights, recipe: Recipe) -> None:
+def put(networks: nn.ModuleDict, weights: Weights, recipe: Recipe) -> None:
     """Let ``networks`` be what is loaded again from the files of ``write``, without writing them.
 
     In a whole model all weights have ``export.dtype`` and are rounded by it, in a delta those that were trained.
