@@ -172,17 +172,20 @@ class ExportNames:
 
 @dataclass(frozen=True)
 class Published:
-    """What headers of adapter files call the models that they are for, where a family's is one of the published sizes.
+    """What headers of adapter files call the models that they are for.
 
     Attributes:
-        architecture: ModelSpec's: "stable-diffusion-xl-v1-base".
+        architecture: ModelSpec's: "stable-diffusion-xl-v1-base"; of a size that was never published the family's with
+            "-custom" behind it.
         version: kohya's ``ss_base_model_version``: "sdxl_base_v1-0", or "".
         shelf: under which A1111 and Forge list it: "SDXL".
+        code: ModelSpec's implementation, whose names layers have in files of kohya's layout.
     """
 
     architecture: str = "stable-diffusion-custom"
     version: str = ""
     shelf: str = "Other"
+    code: str = "diffusers"
 
 
 def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:

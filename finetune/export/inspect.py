@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from finetune.export import guess
+from finetune.export.cover import THUMBNAIL
 from finetune.export.hypernetwork import comfyui_objection
 from finetune.export.hypernetwork import read as read_hypernetwork
 from finetune.export.keys import Key, algorithm, parse
@@ -127,7 +128,7 @@ def _named(path: Path, family: str | None) -> Inspection:
         dtypes=dtypes,
         triggers=triggers(path, found.metadata),
         loads=_named_loads(found, family or guess.called(found.metadata.get(f"{OWN}family", ""))),
-        notes=notes,
+        notes=[*notes, *_carried(found.metadata)],
     )
 
 
@@ -220,8 +221,17 @@ def _notes(layers: Mapping[str, Mapping[str, Key]], keys: Sequence[Key], metadat
         yield f"holds the new words {', '.join(sorted(words))}"
     if not any("alpha" in parts for parts in layers.values()) and any("down" in parts for parts in layers.values()):
         yield "states no alpha: readers take the scale 1"
+    yield from _carried(metadata)
     if told := mapping(metadata.get("ss_network_args", "")).get("algo"):
         yield f"trained with LyCORIS' algo {told}"
+
+
+def _carried(metadata: Mapping[str, str]) -> Iterator[str]:
+    """What else a header holds."""
+    if THUMBNAIL in metadata:
+        yield "carries a picture"
+    if f"{OWN}lock" in metadata:
+        yield "carries the recipe that it was trained by"
 
 
 def _lines(found: Inspection) -> Iterator[str]:
