@@ -91,8 +91,9 @@ def write(
 
     def written(one: Weights) -> list[Verification]:
         paths = export(one, family, recipe, folder)
-        for path in paths if cover else ():
-            put_cover(path, _open(cover))
+        if cover:
+            for path in paths:
+                put_cover(path, _open(cover))
         return [verify(path, weights=one) for path in paths]
 
     verified = processes.on_main(lambda: [found for one in weights for found in written(one)])
