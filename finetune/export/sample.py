@@ -99,8 +99,8 @@ def _first(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) 
     """Write the layout that is drawn with where there are several."""
     writing = kind(weights.kind)
     method = weights.settings.get("algorithm", weights.kind)
-    formats = wanted(recipe, method, writing.LAYOUTS)[:1] or asked(recipe, method)
-    export = recipe.export.model_copy(update={"formats": formats, "tools": None})
+    formats = wanted(recipe, method, writing.LAYOUTS)[:1] or asked(recipe, method) or ()
+    export = recipe.export.model_copy(update={"formats": list(formats), "tools": None})
     return writing.write(weights, family, recipe.model_copy(update={"export": export}), folder)
 
 

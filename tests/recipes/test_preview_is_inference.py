@@ -29,6 +29,7 @@ CASES: Mapping[str, dict[str, Any]] = {
     "lora, bf16": {"adapter": LORA, "export": {"dtype": "bfloat16"}},
     "lora, fp16": {"adapter": LORA, "export": {"dtype": "float16"}},
     "lora, kohya alone": {"adapter": LORA, "export": {"formats": ["kohya"], "dtype": "float16"}},
+    "lora, for a tool": {"adapter": LORA, "export": {"for": ["comfyui"], "dtype": "bfloat16"}},
     "lora, half": {"adapter": LORA, "samples": {"strength": 0.5}},
     "lora, average": {"adapter": LORA, "train": {"ema": {"decay": 0.5}}},
     "rslora": {"adapter": {**LORA, "use_rslora": True}},
