@@ -275,6 +275,14 @@ def models() -> None:
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
+@app.command()
+def formats() -> None:
+    """Which files each method writes for each architecture, and which tools read them; takes some seconds."""
+    from finetune.formats import table
+
+    typer.echo(table(), nl=False)
+
+
 for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):
     app.command()(verb)
 app.add_typer(

@@ -22,6 +22,7 @@ from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
 from finetune.export import Identity, Verification, export, identify, pieces, verify
+from finetune.export.cover import put_cover
 from finetune.export.sample import adapted
 from finetune.families import load_family
 from finetune.family import ModelFamily
@@ -61,7 +62,9 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
         GuardError: nothing was learned, or a written file does not read back as what was trained.
     """
     recipe, processes, folder = trainer.recipe, trainer.processes, trainer.folder
-    verified = write(trainer.finish(), family, recipe, processes, folder.adapters)
+    pictures = sorted(folder.samples.glob("step-*/0-0.png"))
+    cover = pictures[-1] if pictures else None
+    verified = write(trainer.finish(), family, recipe, processes, folder.adapters, cover)
     if recipe.report.enabled:
         family.release(*list(family.networks))  # the base and the exported file are loaded anew
         prompts = recipe.samples.prompts or batches.example_prompts
@@ -70,16 +73,30 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
 
 
 def write(
-    weights: Sequence[Weights], family: ModelFamily, recipe: Recipe, processes: Processes, folder: Path
+    weights: Sequence[Weights],
+    family: ModelFamily,
+    recipe: Recipe,
+    processes: Processes,
+    folder: Path,
+    cover: Path | None = None,
 ) -> list[Verification]:
     """Export into ``folder``, load every file again and compare. Every process must call it.
+
+    Args:
+        cover: a picture of what was learned, which adapters carry with them.
 
     Raises:
         GuardError: nothing was learned, or a written file does not read back as what was trained.
     """
-    verified = processes.on_main(
-        lambda: [verify(path, weights=one) for one in weights for path in export(one, family, recipe, folder)]
-    )
+
+    def written(one: Weights) -> list[Verification]:
+        paths = export(one, family, recipe, folder)
+        if cover:
+            for path in paths:
+                put_cover(path, _open(cover))
+        return [verify(path, weights=one) for path in paths]
+
+    verified = processes.on_main(lambda: [found for one in weights for found in written(one)])
     for one in verified:
         processes.say(str(one))
         one.require()

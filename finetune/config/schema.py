@@ -17,6 +17,7 @@ from finetune.config.origin import EMBEDDED, DatasetConfig
 from finetune.config.rates import last_step
 from finetune.config.schedule import ScheduleConfig
 from finetune.config.section import Fraction, Probability, Section, Text
+from finetune.config.tools import Tool
 from finetune.config.wording import FolderName, WordingConfig
 
 
@@ -285,6 +286,9 @@ class SamplesConfig(Section):
     """What to draw; some of the concepts' own prompts where there are none."""
     per_prompt: PositiveInt = 1
     """Pictures per prompt."""
+    strength: float = 1.0
+    """How much what was trained counts in them: 0 is the base, 1 all of it. Whole weights, words and rotations have 1
+    alone."""
     sampler: SamplerConfig = SamplerConfig()
 
 
@@ -295,6 +299,8 @@ class ExportConfig(Section):
         Annotated[list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle"]], Field(min_length=1)] | None
     ) = None
     """Layouts of the files; all that the method has where it is not set: docs/formats.md."""
+    tools: Annotated[list[Tool], Field(min_length=1)] | None = Field(default=None, alias="for")
+    """In place of `formats` the tools that shall read them: each gets the layout that it reads best."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the tensors in the files."""
 

@@ -180,7 +180,7 @@ def run(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> Result:
     try:
         changes = [f"output={out / trial.name}", *trial.overrides, *overrides]
         layout = FORMATS[read_recipe(trial.recipe, changes).adapter.kind][0]
-        changes.append(f"export.formats=[{layout}]")
+        changes += [f"export.formats=[{layout}]", "export.for=null"]
         command = [sys.executable, "-m", "finetune", "train", str(trial.recipe), *changes]
         outcome = trials.run(trial.name, command, out)
     except (GuardError, UserError) as error:
