@@ -3,6 +3,8 @@
 Importing this package loads no torch; ``Judge`` is loaded on first use.
 
     BASE                       the shipped StableDiffusionPipeline folder
+    base(name)                 the folder of a shipped model: of "tinyworld", BASE; of "tinyworld-flow", one that is put
+                               together in the user's cache
     FACTORS                    what captions can name: shape, colour, fill, background, position, size -> values
     Scene.draw(seed, index)    a random scene; Scene.having(factors, rng(...)) one with given factors
     render(scene)              picture (RGB) and mask (L, 255 = object), 64 x 64
@@ -41,15 +43,23 @@ if TYPE_CHECKING:
     from finetune.tinyworld.judge import Judge
 
 BASE = Path(__file__).parent / "base"
+FLOW = Path(__file__).parent / "base-flow"
+"""Of the flow-matching model, what the other does not have."""
+
+NAMES = ("tinyworld", "tinyworld-flow")
+"""What ``model.path`` calls the shipped models."""
 
 __all__ = [
     "BASE",
     "FACTORS",
+    "FLOW",
+    "NAMES",
     "RARE",
     "Judge",
     "Scene",
     "Style",
     "Subject",
+    "base",
     "caption",
     "compose",
     "heldout_pictures",
@@ -64,6 +74,15 @@ __all__ = [
     "subject",
     "training_scenes",
 ]
+
+
+def base(name: str) -> Path:
+    """The diffusers folder of a shipped model, one of ``NAMES``."""
+    if name == "tinyworld":
+        return BASE
+    from finetune.tinyworld import flow_base
+
+    return flow_base.folder()
 
 
 def __getattr__(name: str) -> Any:

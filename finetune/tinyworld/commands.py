@@ -1,6 +1,6 @@
 """What ``finetune tinyworld …`` does: plain functions that write files and return what they wrote.
 
-No function but ``build_base``, ``write_samples`` and ``check_gates`` loads torch.
+No function but ``build_base``, ``build_flow``, ``write_samples`` and ``check_gates`` loads torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.tinyworld import world
+from finetune.tinyworld import BASE, world
 from finetune.tinyworld.style import heldout_scenes, style, training_scenes
 from finetune.tinyworld.subject import HELDOUT, Subject, instance_scenes, new_scenes, prompt_of, scene_prompts, subject
 from finetune.tinyworld.world import Scene
@@ -135,9 +135,9 @@ def write_style_sheet(out: Path, seeds: list[int]) -> Path:
 
 
 def write_samples(
-    out: Path, prompts: list[str] | None = None, *, count: int = 48, base: Path | None = None, seed: int = 0
+    out: Path, prompts: list[str] | None = None, *, count: int = 48, base: Path = BASE, seed: int = 0
 ) -> Path:
-    """A sheet of the base's pictures, for ``prompts`` or for ``count`` unseen captions (written beside it as .txt)."""
+    """A sheet of a base's pictures, for ``prompts`` or for ``count`` unseen captions (written beside it as .txt)."""
     from finetune.tinyworld.sheets import from_floats, sheet
     from finetune.tinyworld.training.export import load, sample
 
@@ -148,7 +148,7 @@ def write_samples(
     return out
 
 
-def check_gates(base: Path | None = None, count: int = 200) -> tuple[list[Gate], dict[str, float]]:
+def check_gates(base: Path = BASE, count: int = 200) -> tuple[list[Gate], dict[str, float]]:
     """The judge's validity gates and the base's prompt accuracy over ``count`` unseen captions, by factor."""
     from finetune.tinyworld import gates
     from finetune.tinyworld.judge import Judge
@@ -172,9 +172,21 @@ def build_base(work: Path, out: Path | None = None, *, scale: float = 1.0, say: 
     """
     from finetune.tinyworld import build
 
+    build.build(work, out or build.HERE, build.Budget().scaled(_positive(scale)), say)
+
+
+def build_flow(work: Path, out: Path | None = None, *, scale: float = 1.0, say: Callable[[str], None] = print) -> None:
+    """Train the flow-matching base again, on the shipped autoencoder and text encoder; otherwise as ``build_base``."""
+    from finetune.tinyworld import build, build_flow
+
+    steps = max(1, round(build_flow.STEPS * _positive(scale)))
+    build_flow.build(work, out or build.HERE, steps, say)
+
+
+def _positive(scale: float) -> float:
     if scale <= 0:
         raise UserError(f"scale is {scale}; expected a positive number, 1 = as shipped")
-    build.build(work, out or build.HERE, build.Budget().scaled(scale), say)
+    return scale
 
 
 def _claim(out: Path, name: str, seed: int) -> None:

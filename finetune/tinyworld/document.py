@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
-from finetune.tinyworld import commands
+from finetune.tinyworld import BASE, commands
 
 if TYPE_CHECKING:
     from finetune.tinyworld.gates import Gate
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 SUBJECTS, STYLES = [18, 101, 102, 103], [1, 2, 3, 4]
 
 
-def write(docs: Path, base: Path | None = None, count: int = 200) -> None:
+def write(docs: Path, base: Path = BASE, count: int = 200) -> None:
     """Write ``docs/images/tinyworld-*.png`` and the tables of ``docs/tinyworld.md``.
 
     Raises:
         UserError: when the document or one of its markers is missing.
     """
+    from finetune.tinyworld import flow_base
     from finetune.tinyworld import gates as gates_
     from finetune.tinyworld.judge import Judge
+    from finetune.tinyworld.training.export import load
 
     images = docs / "images"
     commands.write_world_sheet(images / "tinyworld-world.png")
@@ -31,10 +33,12 @@ def write(docs: Path, base: Path | None = None, count: int = 200) -> None:
     commands.write_style_sheet(images / "tinyworld-styles.png", STYLES)
     commands.write_samples(images / "tinyworld-base.png", base=base)
     commands.write_samples(images / "tinyworld-class.png", ["a star"] * 24, base=base)
+    commands.write_samples(images / "tinyworld-flow.png", base=flow_base.folder())
     gates, accuracy = commands.check_gates(base, count)
+    flow = gates_.base_accuracy(load(flow_base.folder()), Judge.load(), count)
     oracle = gates_.oracle_accuracy(Judge.load(), count)
     fill(docs / "tinyworld.md", "gates", gate_table(gates))
-    fill(docs / "tinyworld.md", "accuracy", accuracy_table(accuracy, oracle))
+    fill(docs / "tinyworld.md", "accuracy", accuracy_table(accuracy, flow, oracle))
 
 
 def gate_table(gates: Sequence[Gate]) -> str:
@@ -47,10 +51,11 @@ def gate_table(gates: Sequence[Gate]) -> str:
     return "\n".join(["| gate | figure | limit | |", "|---|---|---|---|", *rows])
 
 
-def accuracy_table(accuracy: Mapping[str, float], oracle: Mapping[str, float]) -> str:
-    """Prompt accuracy by factor, of the base and of the renderer."""
-    rows = [f"| {name} | {value:.1%} | {oracle[name]:.1%} |" for name, value in accuracy.items()]
-    return "\n".join(["| factor | the base's pictures | the renderer's |", "|---|---|---|", *rows])
+def accuracy_table(accuracy: Mapping[str, float], flow: Mapping[str, float], oracle: Mapping[str, float]) -> str:
+    """Prompt accuracy by factor, of the bases and of the renderer."""
+    rows = [f"| {name} | {value:.1%} | {flow[name]:.1%} | {oracle[name]:.1%} |" for name, value in accuracy.items()]
+    head = "| factor | the base's pictures | the flow-matching base's | the renderer's |"
+    return "\n".join([head, "|---|---|---|---|", *rows])
 
 
 def fill(document: Path, marker: str, text: str) -> None:

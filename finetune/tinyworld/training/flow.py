@@ -23,7 +23,7 @@ WITHOUT_T5 = 256
 """Zeros that SD 3's pipeline puts behind the prompt where there is no T5."""
 
 
-def build(heads: int = 5, blocks: int = 4) -> SD3Transformer2DModel:
+def build(heads: int = 4, blocks: int = 3) -> SD3Transformer2DModel:
     """The untrained denoiser for latents (B, 4, 16, 16): every block begins as the identity (adaLN-Zero, DiT)."""
     width = heads * 16
     denoiser = SD3Transformer2DModel(

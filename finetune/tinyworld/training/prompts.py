@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.tinyworld import flow
+from finetune.tinyworld.flow_base import text_encoder
 from finetune.tinyworld.tokenizer import build as build_tokenizer
 from finetune.tinyworld.training import data
 from finetune.tinyworld.training.unet import caption_for
@@ -24,7 +24,7 @@ def encode(folder: Path, batch: int = 500) -> None:
     States are those before the encoder's last layer, as SD 3 reads them. Row ``WORDINGS * n + k`` is of scene ``n``.
     """
     scenes, tokenizer = data.training_scenes(folder.parent / "data"), build_tokenizer()
-    encoder = flow.text_encoder()
+    encoder = text_encoder()
     words = [caption_for(scenes, row, key) for row in range(len(scenes)) for key in range(WORDINGS)]
     states, pooled = [], []
     for start in range(0, len(words), batch):
