@@ -227,13 +227,12 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
     base = recipe.model.path
-    if base in EMBEDDED:
-        loading = f"from finetune.tinyworld import base\n\npipeline = DiffusionPipeline.from_pretrained(base({base!r}))"
-    else:
-        loading = f"\npipeline = DiffusionPipeline.from_pretrained({base!r})"
     used = pieces(path.parent)
-    if used[0].whole:
-        loading = f"\npipeline = DiffusionPipeline.from_pretrained({str(used[0].path)!r})"
+    if used[0].whole or base not in EMBEDDED:
+        folder = str(used[0].path) if used[0].whole else base
+        loading = f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({folder!r})"
+    else:
+        loading = f"from finetune import tinyworld\n\npipeline = tinyworld.pipeline({base!r})"
     lines = [_loading(one) for one in used if not one.whole]
     own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
     loading = "\n".join([own + loading, *lines])
@@ -244,7 +243,7 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"from diffusers import DiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"{loading}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]

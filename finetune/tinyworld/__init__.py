@@ -5,6 +5,7 @@ Importing this package loads no torch; ``Judge`` is loaded on first use.
     BASE                       the shipped StableDiffusionPipeline folder
     base(name)                 the folder of a shipped model: of "tinyworld", BASE; of "tinyworld-flow", one that is put
                                together in the user's cache
+    pipeline(name)             its diffusers pipeline, float32 on the CPU
     FACTORS                    what captions can name: shape, colour, fill, background, position, size -> values
     Scene.draw(seed, index)    a random scene; Scene.having(factors, rng(...)) one with given factors
     render(scene)              picture (RGB) and mask (L, 255 = object), 64 x 64
@@ -26,6 +27,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.errors import UserError, nearest
 from finetune.tinyworld.captions import RARE, caption, compose, parse
 from finetune.tinyworld.style import Style, style, training_scenes
 from finetune.tinyworld.subject import (
@@ -67,6 +69,7 @@ __all__ = [
     "instance_scenes",
     "new_scenes",
     "parse",
+    "pipeline",
     "render",
     "rng",
     "scene_prompts",
@@ -77,12 +80,25 @@ __all__ = [
 
 
 def base(name: str) -> Path:
-    """The diffusers folder of a shipped model, one of ``NAMES``."""
+    """The diffusers folder of a shipped model, one of ``NAMES``.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if name not in NAMES:
+        raise UserError(f"{name!r} is no model that is shipped{nearest(name, NAMES)}")
     if name == "tinyworld":
         return BASE
     from finetune.tinyworld import flow_base
 
     return flow_base.folder()
+
+
+def pipeline(name: str) -> Any:
+    """The diffusers pipeline of a shipped model, one of ``NAMES``, float32 on the CPU."""
+    from finetune.tinyworld.training.export import load
+
+    return load(base(name))
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from finetune.tinyworld.unseen import UNSEEN, unseen_captions
 from finetune.tinyworld.world import FACTORS, Scene
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def psnr(vae: AutoencoderKL, count: int = 64) -> float:
     return float(-10 * (round_trip(vae, pictures) - pictures).square().mean().log10())
 
 
-def base_gates(base: StableDiffusionPipeline, judge: Judge, accuracy: Mapping[str, float]) -> list[Gate]:
+def base_gates(base: Any, judge: Judge, accuracy: Mapping[str, float]) -> list[Gate]:
     """How good the base is: prompt accuracy (from ``base_accuracy``), the renderer's own, and the autoencoder."""
     return [
         Gate("prompt accuracy of the base", accuracy["all"], 0.90),
@@ -116,7 +116,7 @@ def base_gates(base: StableDiffusionPipeline, judge: Judge, accuracy: Mapping[st
     ]
 
 
-def base_accuracy(base: StableDiffusionPipeline, judge: Judge, count: int = 200) -> Mapping[str, float]:
+def base_accuracy(base: Any, judge: Judge, count: int = 200) -> Mapping[str, float]:
     """Prompt accuracy of the base's pictures for unseen captions, for each factor and over all."""
     from finetune.tinyworld.training.export import sample
 
