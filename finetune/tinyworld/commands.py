@@ -179,7 +179,8 @@ def build_flow(work: Path, out: Path | None = None, *, scale: float = 1.0, say: 
     """Train the flow-matching base again, on the shipped autoencoder and text encoder; otherwise as ``build_base``."""
     from finetune.tinyworld import build, build_flow
 
-    build_flow.build(work, out or build.HERE, build_flow.Budget().scaled(_positive(scale)), say)
+    steps = max(1, round(build_flow.STEPS * _positive(scale)))
+    build_flow.build(work, out or build.HERE, steps, say)
 
 
 def _positive(scale: float) -> float:

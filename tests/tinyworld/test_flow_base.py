@@ -158,12 +158,11 @@ def test_stages_from_scenes_to_a_shipped_folder(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "flow-latents").mkdir()
     save_file({**stored, "scale": torch.ones(1)}, tmp_path / "flow-latents" / "latents.safetensors")
     flow.train(tmp_path / "flow", 3, 4, 0)
-    flow.train(tmp_path / "flow-late", 2, 4, 1, "flow")
-    export.save_flow(tmp_path / "flow-late" / "model", tmp_path / "own")
+    export.save_flow(tmp_path / "flow" / "model", tmp_path / "own")
     whole = tmp_path / "whole"
     whole.mkdir()
     flow_base.write(whole, tmp_path / "own")
-    trained: Any = SD3Transformer2DModel.from_pretrained(tmp_path / "flow-late" / "model")
+    trained: Any = SD3Transformer2DModel.from_pretrained(tmp_path / "flow" / "model")
     shipped = export.load(whole).transformer.state_dict()
     for name, weight in latents.rounded(trained).state_dict().items():
         assert torch.equal(shipped[name], weight)

@@ -17,8 +17,8 @@ FLOW = """# The flow-matching base of the embedded world
 
 The transformer of a small text-to-image model in SD 3's layout, trained on the procedural world of `finetune/tinyworld`
 and on nothing else, by flow matching. Text encoder, tokenizer and autoencoder are those of `../base`;
-`finetune.tinyworld.base("tinyworld-flow")` puts the `StableDiffusion3Pipeline` folder together. `docs/tinyworld.md` shows
-what it draws and how good it is.
+`finetune.tinyworld.base("tinyworld-flow")` puts the `StableDiffusion3Pipeline` folder together. `docs/tinyworld.md`
+shows what it draws and how good it is.
 
 - made by: `finetune tinyworld build-flow --work WORK` (`finetune/tinyworld/build_flow.py`), seed {seed}
 """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from finetune.tinyworld.training import data, latents, prompts
+from finetune.tinyworld.training import latents, prompts
 from finetune.tinyworld.training.fit import Plan, fit
 from finetune.tinyworld.training.unet import strata
 
@@ -102,16 +102,12 @@ def velocity_loss(
     return (answer(denoiser, noisy, 1000 * sigma, states, pooled) - (noise - clean)).square().mean()
 
 
-def train(folder: Path, steps: int, batch: int, seed: int, start: str = "", hold: float = 0.5) -> None:
-    """Train to ``folder/model`` on the latents and prompts beside ``folder``.
-
-    The weights are random at first, or those of the stage ``start``.
-    """
+def train(folder: Path, steps: int, batch: int, seed: int) -> None:
+    """Train to ``folder/model`` on the latents and prompts beside ``folder``."""
     mean, logvar, scale = latents.load(folder.parent / "flow-latents")
     states, pooled = prompts.load(folder.parent / "flow-prompts")
     torch.manual_seed(seed)
-    denoiser: Any = SD3Transformer2DModel.from_pretrained(folder.parent / start / "model") if start else build()
-    denoiser.train()
+    denoiser: Any = build().train()
 
     def loss_of(network: nn.Module, step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(mean), (batch,), generator=generator)
@@ -119,7 +115,7 @@ def train(folder: Path, steps: int, batch: int, seed: int, start: str = "", hold
         clean = latents.sampled(mean, logvar, rows, generator) * scale
         return velocity_loss(network, clean, states[said].float(), pooled[said].float(), generator)
 
-    plan = Plan(steps, 2e-3, warmup=200, hold=hold, average=0.999, seed=seed, save_every=500)
+    plan = Plan(steps, 2e-3, warmup=200, hold=0.5, average=0.999, seed=seed, save_every=500)
     averaged: Any = fit(denoiser, loss_of, plan, folder)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         averaged.save_pretrained(folder / "model")
