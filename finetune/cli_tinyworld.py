@@ -51,10 +51,9 @@ def sheet(
     model: Model = "tinyworld",
 ) -> None:
     """A sheet of a base model's pictures."""
-    from finetune.tinyworld import base
     from finetune.tinyworld.commands import write_samples
 
-    typer.echo(write_samples(out, prompts or None, seed=seed, base=base(model)))
+    typer.echo(write_samples(out, prompts or None, seed=seed, model=model))
 
 
 @app.command()
@@ -64,10 +63,9 @@ def gates(
 ) -> None:
     """Check that the judge can be trusted and that a base follows its prompts. Ends with 4 where one can't."""
     from finetune.errors import GuardError
-    from finetune.tinyworld import base
     from finetune.tinyworld.commands import check_gates
 
-    found, accuracy = check_gates(base(model), count)
+    found, accuracy = check_gates(model, count)
     for gate in found:
         typer.echo(f"{'ok  ' if gate.passed else 'FAIL'}  {gate.name}: {gate.value:.3f} (limit {gate.limit})")
     typer.echo(", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.tinyworld import NAMES, base, commands, document
+from finetune.tinyworld import NAMES, commands, document
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,9 +58,9 @@ def _run(given: argparse.Namespace) -> int:
         for line in commands.write_captions(given.count, given.out):
             print(json.dumps(line))
     elif given.verb == "sheet":
-        print(commands.write_samples(given.out, given.prompts or None, seed=given.seed, base=base(given.model)))
+        print(commands.write_samples(given.out, given.prompts or None, seed=given.seed, model=given.model))
     elif given.verb == "gates":
-        gates, accuracy = commands.check_gates(base(given.model), given.count)
+        gates, accuracy = commands.check_gates(given.model, given.count)
         for gate in gates:
             print(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.value:.3f} (limit {gate.limit})")
         print(", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()))

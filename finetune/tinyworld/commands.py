@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.tinyworld import BASE, world
+from finetune.tinyworld import NAMES, pipeline, world
 from finetune.tinyworld.style import heldout_scenes, style, training_scenes
 from finetune.tinyworld.subject import HELDOUT, Subject, instance_scenes, new_scenes, prompt_of, scene_prompts, subject
 from finetune.tinyworld.world import Scene
@@ -135,28 +135,28 @@ def write_style_sheet(out: Path, seeds: list[int]) -> Path:
 
 
 def write_samples(
-    out: Path, prompts: list[str] | None = None, *, count: int = 48, base: Path = BASE, seed: int = 0
+    out: Path, prompts: list[str] | None = None, *, count: int = 48, model: str = NAMES[0], seed: int = 0
 ) -> Path:
     """A sheet of a base's pictures, for ``prompts`` or for ``count`` unseen captions (written beside it as .txt)."""
     from finetune.tinyworld.sheets import from_floats, sheet
-    from finetune.tinyworld.training.export import load, sample
+    from finetune.tinyworld.training.export import sample
 
     texts = prompts or [str(line["text"]) for line in write_captions(count)]
-    pictures = sample(load(base), texts, seed=seed)
+    pictures = sample(pipeline(model), texts, seed=seed)
     _save(sheet(from_floats(pictures.numpy()), columns=12 if len(texts) > 24 else 8), out)
     out.with_suffix(".txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return out
 
 
-def check_gates(base: Path = BASE, count: int = 200) -> tuple[list[Gate], dict[str, float]]:
-    """The judge's validity gates and the base's prompt accuracy over ``count`` unseen captions, by factor."""
+def check_gates(model: str = NAMES[0], count: int = 200) -> tuple[list[Gate], dict[str, float]]:
+    """The judge's validity gates and a shipped base's prompt accuracy over ``count`` unseen captions, by factor."""
     from finetune.tinyworld import gates
     from finetune.tinyworld.judge import Judge
-    from finetune.tinyworld.training.export import load
 
-    judge, pipeline = Judge.load(), load(base)
-    accuracy = dict(gates.base_accuracy(pipeline, judge, count))
-    return [*gates.judge_gates(judge, pipeline.vae), *gates.base_gates(pipeline, judge, accuracy)], accuracy
+    judge, drawing = Judge.load(), pipeline(model)
+    accuracy = dict(gates.base_accuracy(drawing, judge, count))
+    of_base = gates.base_gates(drawing, judge, accuracy, gates.LEAST[model])
+    return [*gates.judge_gates(judge, drawing.vae), *of_base], accuracy
 
 
 def build_base(work: Path, out: Path | None = None, *, scale: float = 1.0, say: Callable[[str], None] = print) -> None:

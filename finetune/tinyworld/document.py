@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
-from finetune.tinyworld import BASE, commands
+from finetune.tinyworld import commands, pipeline
 
 if TYPE_CHECKING:
     from finetune.tinyworld.gates import Gate
@@ -16,26 +16,24 @@ if TYPE_CHECKING:
 SUBJECTS, STYLES = [18, 101, 102, 103], [1, 2, 3, 4]
 
 
-def write(docs: Path, base: Path = BASE, count: int = 200) -> None:
+def write(docs: Path, count: int = 200) -> None:
     """Write ``docs/images/tinyworld-*.png`` and the tables of ``docs/tinyworld.md``.
 
     Raises:
         UserError: when the document or one of its markers is missing.
     """
-    from finetune.tinyworld import flow_base
     from finetune.tinyworld import gates as gates_
     from finetune.tinyworld.judge import Judge
-    from finetune.tinyworld.training.export import load
 
     images = docs / "images"
     commands.write_world_sheet(images / "tinyworld-world.png")
     commands.write_subject_sheet(images / "tinyworld-subjects.png", SUBJECTS)
     commands.write_style_sheet(images / "tinyworld-styles.png", STYLES)
-    commands.write_samples(images / "tinyworld-base.png", base=base)
-    commands.write_samples(images / "tinyworld-class.png", ["a star"] * 24, base=base)
-    commands.write_samples(images / "tinyworld-flow.png", base=flow_base.folder())
-    gates, accuracy = commands.check_gates(base, count)
-    flow = gates_.base_accuracy(load(flow_base.folder()), Judge.load(), count)
+    commands.write_samples(images / "tinyworld-base.png")
+    commands.write_samples(images / "tinyworld-class.png", ["a star"] * 24)
+    commands.write_samples(images / "tinyworld-flow.png", model="tinyworld-flow")
+    gates, accuracy = commands.check_gates(count=count)
+    flow = gates_.base_accuracy(pipeline("tinyworld-flow"), Judge.load(), count)
     oracle = gates_.oracle_accuracy(Judge.load(), count)
     fill(docs / "tinyworld.md", "gates", gate_table(gates))
     fill(docs / "tinyworld.md", "accuracy", accuracy_table(accuracy, flow, oracle))
