@@ -248,7 +248,9 @@ def evaluate(
 
 @app.command()
 def tokens(
-    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub name, or tinyworld.")] = "tinyworld",
+    model: Annotated[
+        str, typer.Argument(help="A diffusers folder, a hub name, tinyworld or tinyworld-flow.")
+    ] = "tinyworld",
     count: Annotated[int, typer.Option(min=1)] = 20,
 ) -> None:
     """Rare words for a new subject: one token each, hardly used, with the norm of what they mean so far."""
@@ -271,7 +273,7 @@ def models() -> None:
     from finetune.families.support import table
 
     typer.echo(table())
-    typer.echo(f"model.path: {EMBEDDED} is the small model that comes with the toolkit, of the family sd.")
+    typer.echo(f"model.path: {' and '.join(EMBEDDED)} come with the toolkit, small ones of the families sd and sd3.")
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 

@@ -24,7 +24,7 @@ from finetune.evaluation.machine import machine, versions
 from finetune.export import Identity, Verification, export, identify, pieces, verify
 from finetune.export.cover import put_cover
 from finetune.export.sample import adapted
-from finetune.families import load_family
+from finetune.families import EMBEDDED, load_family
 from finetune.family import ModelFamily
 from finetune.sampling import draw
 from finetune.train import RunFolder, Trainer
@@ -155,7 +155,7 @@ def report(
 
 def _taught(recipe: Recipe) -> list[Taught | None]:
     """What each concept is of the embedded world; all None for another model."""
-    shipped = recipe.model.path == "tinyworld"
+    shipped = recipe.model.path in EMBEDDED
     return [Taught.of(concept) if shipped else None for concept in recipe.data.concepts]
 
 
@@ -245,13 +245,12 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
     base = recipe.model.path
-    if base == "tinyworld":
-        loading = "from finetune.tinyworld import BASE\n\npipeline = StableDiffusionPipeline.from_pretrained(BASE)"
-    else:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({base!r})"
     used = pieces(path.parent)
-    if used[0].whole:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({str(used[0].path)!r})"
+    if used[0].whole or base not in EMBEDDED:
+        folder = str(used[0].path) if used[0].whole else base
+        loading = f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({folder!r})"
+    else:
+        loading = f"from finetune import tinyworld\n\npipeline = tinyworld.pipeline({base!r})"
     lines = [_loading(one) for one in used if not one.whole]
     own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
     loading = "\n".join([own + loading, *lines])
@@ -262,7 +261,7 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"from diffusers import StableDiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"{loading}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]

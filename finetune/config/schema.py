@@ -25,7 +25,8 @@ class ModelConfig(Section):
     """The base model."""
 
     path: Text = "tinyworld"
-    """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
+    """A diffusers folder, a hub name, or a small model that is shipped with the toolkit: `tinyworld`, in the layout of
+    Stable Diffusion 1, or `tinyworld-flow`, in that of Stable Diffusion 3."""
     family: Text | None = None
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None

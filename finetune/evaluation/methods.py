@@ -72,6 +72,7 @@ def _own(title: str, name: str, *changes: str) -> Method:
 LORA = ("dreambooth-tiny.yaml", "train.steps=300")  # as many as the others
 METHODS = {
     "lora": Method("LoRA", LORA, ("lora-tiny.yaml",)),
+    "flow": Method("LoRA, flow-matching model", ("dreambooth-flow-tiny.yaml",), None),
     "dora": _weights("DoRA", "dora"),
     "pissa": _weights("PiSSA", "pissa"),
     "lokr": _weights("LoKr", "lokr"),

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from finetune import tinyworld
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError, nearest
 from finetune.family import ModelFamily
 from finetune.objectives import refined
 
-EMBEDDED = "tinyworld"
+EMBEDDED = tinyworld.NAMES
 GROUP = "finetune.families"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -80,10 +81,8 @@ def model_folder(config: ModelConfig) -> Path:
     Raises:
         UserError: there is no such folder or hub model.
     """
-    if config.path == EMBEDDED:
-        from finetune.tinyworld import BASE
-
-        return Path(BASE)
+    if config.path in EMBEDDED:
+        return tinyworld.base(config.path)
     folder = Path(config.path).expanduser()
     if folder.is_dir():
         return folder
