@@ -18,7 +18,7 @@ from finetune.export.lycoris import Change
 from finetune.export.metadata import OWN
 from finetune.export.read import Identity, identify, locate, read_header
 from finetune.export.stream import require_new, writing
-from finetune.export.tools.save import common_alpha, number_type, save
+from finetune.export.tools.save import common_alpha, number_type, require_adapter_file, save
 from finetune.export.tools.source import Source, groups
 
 _WHOLE = {"embedding": ("diffusers", "a1111"), "hypernetwork": ("diffusers", "a1111")}
@@ -44,6 +44,7 @@ def convert(path: Path, out: Path, to: str, *, dtype: str | None = None, base: s
     whole = _whole(path)
     if whole is not None:
         return _convert_whole(whole, out, _layout(to, _WHOLE[whole.kind], whole.kind))
+    require_adapter_file(out)
     source = Source(path, base)
     numbers = number_type(dtype) if dtype else source.dtype
     to = _layout(to, kind(source.kind).LAYOUTS, source.kind)
