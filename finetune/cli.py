@@ -267,7 +267,7 @@ def models() -> None:
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
-for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):
+for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune, adapters.push):
     app.command()(verb)
 app.add_typer(
     data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."

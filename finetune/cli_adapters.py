@@ -1,4 +1,4 @@
-"""``finetune convert``, ``merge``, ``extract``, ``resize`` and ``prune``: adapters after training."""
+"""Adapters after training: ``finetune convert``, ``merge``, ``extract``, ``resize``, ``prune``, ``push``, ``demo``."""
 
 from __future__ import annotations
 
@@ -167,11 +167,54 @@ def prune(
     _judge(out, base)
 
 
+def push(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter file, a model folder or a run's folder.", show_default=False
+        ),
+    ],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.", show_default=False)],
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(help="New folder to write what would be uploaded to, and do no more.", show_default="upload"),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="For yourself alone.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.", show_default="main")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default="names of the files")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Identifier of the hub, 'openrail++'.", show_default="none")
+    ] = None,
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option(help="For the card; may be given several times.", show_default="the run's last previews"),
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Upload an adapter or a run to the Hugging Face hub, with a model card, in one commit."""
+    from finetune.publish.push import prepare, write
+    from finetune.publish.push import push as upload
+
+    made = prepare(adapter, repository, base=base, license=license, pictures=picture or ())
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+    if dry_run is not None:
+        for name in write(made, dry_run):
+            typer.echo(dry_run / name)
+        return
+    typer.echo(upload(made, private=private, revision=revision, message=message))
+
+
 def _judge(path: Path, base: str | None) -> None:
     """Verify what was written, where its base is at hand; ends with 4 where a check fails."""
     from finetune.errors import UserError
+    from finetune.export.base import absence
+    from finetune.export.read import identify
     from finetune.export.verify import verify
 
+    if why := absence(identify(path), base):
+        typer.echo(f"{path}: written, not verified: {why}; name it with --base")
+        return
     try:
         found = verify(path, base)
     except UserError as error:

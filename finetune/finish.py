@@ -21,7 +21,7 @@ from finetune.data.places import Place
 from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
-from finetune.export import Identity, Verification, export, identify, pieces, verify
+from finetune.export import Verification, export, identify, pieces, usage, verify
 from finetune.export.sample import adapted
 from finetune.families import load_family
 from finetune.family import ModelFamily
@@ -228,15 +228,14 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
     base = recipe.model.path
     if base == "tinyworld":
-        loading = "from finetune.tinyworld import BASE\n\npipeline = StableDiffusionPipeline.from_pretrained(BASE)"
+        loading = "from finetune.tinyworld import BASE\n\npipeline = DiffusionPipeline.from_pretrained(BASE)"
     else:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({base!r})"
+        loading = f"\npipeline = DiffusionPipeline.from_pretrained({base!r})"
     used = pieces(path.parent)
     if used[0].whole:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({str(used[0].path)!r})"
-    lines = [_loading(one) for one in used if not one.whole]
-    own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
-    loading = "\n".join([own + loading, *lines])
+        loading = f"\npipeline = DiffusionPipeline.from_pretrained({str(used[0].path)!r})"
+    lines = "\n".join(usage.loading(one) for one in used if not one.whole)
+    loading = f"{usage.imports(lines)}{loading}" + (f"\n{lines}" if lines else "")
     what = path if len(used) == 1 else path.parent
     chunks = recipe.model.prompt_chunks
     long = f" --prompt-chunks {chunks}" if used[0].whole and chunks > 1 else ""
@@ -244,24 +243,10 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"from diffusers import StableDiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"from diffusers import DiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
-
-
-def _loading(one: Identity) -> str:
-    """The line that puts a file into a diffusers pipeline."""
-    loaders = {
-        "full": "finetune.load_delta",
-        "aesthetic": "finetune.load_aesthetic",
-        "hypernetwork": "finetune.load_hypernetwork",
-        "lycoris": "finetune.load_lycoris",
-    }
-    if one.kind in loaders or one.layout == "difference":
-        return f"{loaders.get(one.kind, 'finetune.load_lycoris')}(pipeline, {str(one.path)!r})"
-    load = "load_textual_inversion" if one.kind == "embedding" else "load_lora_weights"
-    return f"pipeline.{load}({str(one.path)!r})"
 
 
 def _figures(one: Evaluation) -> str:

@@ -87,3 +87,26 @@ def test_a_base_that_is_not_here_is_said(lora, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "convert", tmp_path / "far.safetensors", "--to", "kohya", "--out", out) == 0
     assert "written, not verified: " in capsys.readouterr().out
     assert f"lora_{stem.replace('.', '_')}.alpha" in load_file(out)
+
+
+def test_push_writes_the_folder_and_lists_it(lora, monkeypatch, capsys, tmp_path):
+    place = tmp_path / "out"
+    assert run(monkeypatch, "push", lora, "me/zib", "--license", "mit", "--dry-run", place) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-2:] == [str(place / "README.md"), str(place / "lora.safetensors")]
+    assert said.startswith("note: lora.safetensors: its header says that its base lies in ")
+    assert "license: mit" in (place / "README.md").read_text(encoding="utf-8")
+    assert run(monkeypatch, "push", lora, "zib", "--dry-run", tmp_path / "no") == 2
+    assert "expected owner/name" in capsys.readouterr().err
+
+
+def test_push_without_a_token_says_what_to_do(lora, monkeypatch, capsys):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise LocalTokenNotFoundError("Token is required")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    assert run(monkeypatch, "push", lora, "me/zib") == 2
+    assert "me/zib: you are not logged in; run `hf auth login`" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from finetune.export import guess
 from finetune.export.keys import Key, algorithm, parse
 from finetune.export.kinds import kind
 from finetune.export.loads import Facts, loads
+from finetune.export.metadata import OWN
 from finetune.export.origin import base, made_by, mapping, triggers
 from finetune.export.read import identify, locate, read_header
 from finetune.export.sizes import Block
@@ -49,7 +50,7 @@ class Inspection:
         layout: how its keys are written: "kohya", "diffusers", "before peft", "comfyui", "peft", "bundle".
         names: whose names the layers of a denoiser have: "diffusers" or "original".
         made_by: the tool, where the header or the keys tell.
-        family: what it is for, in words, from names and shapes alone.
+        family: what it is for, in words: from names and shapes, else as the header says.
         base: what the header says it was trained on.
         layers: network -> how many layers of it.
         ranks, alphas: value -> how many layers have it.
@@ -142,7 +143,7 @@ def _layers(path: Path, keys: Sequence[Key], unknown: Sequence[str], metadata: M
     ranks = Counter(rank for parts in layers.values() if (rank := _rank(parts, shapes)) is not None)
     layouts = Counter(key.layout for key in keys)
     layout = "bundle" if "bundle" in layouts else layouts.most_common(1)[0][0]
-    family = guess.family(keys, shapes)
+    family = guess.family(keys, shapes) or _told(metadata)
     lengths = [shapes[parts["dora_scale"].text] for parts in layers.values() if "dora_scale" in parts]
     facts = Facts(
         keys=keys,
@@ -171,6 +172,12 @@ def _layers(path: Path, keys: Sequence[Key], unknown: Sequence[str], metadata: M
         unknown=unknown,
         notes=list(_notes(layers, keys, metadata)),
     )
+
+
+def _told(metadata: Mapping[str, str]) -> str | None:
+    """The family that a header of this toolkit names, where layers of unusual sizes do not tell it."""
+    said = metadata.get(f"{OWN}family", "")
+    return said if said in guess.FAMILIES else None
 
 
 def _scalar(file: Any, key: Key) -> float:

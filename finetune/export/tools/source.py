@@ -218,18 +218,17 @@ def _kind(path: Path, stems: Iterable[Mapping[str, Key]]) -> str:
 
 
 def _family(metadata: Mapping[str, str], base: str | None) -> ModelFamily | None:
-    from finetune.families import load_family
+    from finetune.families import at_hand, load_family
 
-    said = base or metadata.get(f"{OWN}base")
-    if not said:
+    if base:
+        return load_family(ModelConfig(path=base))
+    if not (said := metadata.get(f"{OWN}base")):
         return None
+    config = ModelConfig(path=said, revision=metadata.get(f"{OWN}revision") or None)
     try:
-        revision = None if base else metadata.get(f"{OWN}revision")
-        return load_family(ModelConfig(path=said, revision=revision))
+        return load_family(config) if at_hand(config) else None  # nothing is fetched for the sake of names
     except UserError:
-        if base:
-            raise
-        return None  # the header speaks of a model that is not on this machine
+        return None  # of an architecture that is not known here
 
 
 def _published(path: Path, keys: Sequence[Key], sizes: Mapping[str, Sequence[int]]) -> Mapping[str, ExportNames]:
