@@ -130,6 +130,7 @@ def sample(
     base: Base = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     strength: Annotated[float, typer.Option(help="How much a LoRA counts: 0 is the base, 1 what was trained.")] = 1.0,
+    negative: Annotated[str, typer.Option(help="What guidance leads away from.", show_default=False)] = "",
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float, typer.Option(min=0)] = 5.0,
@@ -157,6 +158,7 @@ def sample(
         count=count,
         resolution=resolution,
         prompt_chunks=prompt_chunks,
+        negative=negative,
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"
@@ -267,7 +269,15 @@ def models() -> None:
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
-for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune, adapters.push):
+for verb in (
+    adapters.convert,
+    adapters.merge,
+    adapters.extract,
+    adapters.resize,
+    adapters.prune,
+    adapters.push,
+    adapters.demo,
+):
     app.command()(verb)
 app.add_typer(
     data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."

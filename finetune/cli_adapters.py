@@ -205,6 +205,28 @@ def push(
     typer.echo(upload(made, private=private, revision=revision, message=message))
 
 
+def demo(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter file, a model folder or a run's folder.", show_default=False
+        ),
+    ],
+    base: Base = None,
+    strengths: Annotated[
+        str | None, typer.Option(help="Filled in, with commas.", show_default="0,0.5,1, or what the adapter has")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page, on this machine alone.")] = 7860,
+) -> None:
+    """Open a page that draws a prompt at several strengths of an adapter, side by side. Needs finetune[demo]."""
+    from finetune.demo.page import gradio, page
+
+    gr = gradio()  # before anything slow is loaded
+    from finetune.demo.columns import Columns
+
+    page(gr, Columns(adapter, base), strengths).launch(server_name="127.0.0.1", server_port=port)
+
+
 def _judge(path: Path, base: str | None) -> None:
     """Verify what was written, where its base is at hand; ends with 4 where a check fails."""
     from finetune.errors import UserError

@@ -41,6 +41,7 @@ ALLOWED = {
     # what puts the parts together
     "plan": {*BORDERS, "aesthetic", "config", "data", "families", "adapters", "train", "export", *BOTTOM},
     "finish": {*BORDERS, "config", "data", "families", "train", "export", "evaluation", "sampling", "distributed"},
+    "demo": {"config", "export", "family", "sampling", *BOTTOM},
     "publish": {"config", "export", "train", *BOTTOM},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }

@@ -27,6 +27,7 @@ def sample(
     count: int = 1,
     resolution: int | None = None,
     prompt_chunks: int | None = None,
+    negative: str = "",
 ) -> list[Image.Image]:
     """Draw ``count`` pictures of each prompt, in that order.
 
@@ -41,6 +42,7 @@ def sample(
         sampler: steps, guidance, scheduler.
         resolution: side in pixels; the model's own where it is not given.
         prompt_chunks: as in a recipe's ``model``; what the file says where it is not given.
+        negative: what guidance leads away from.
 
     Raises:
         UserError: there is no such adapter or base, diffusers cannot load the file, or a strength was asked of a
@@ -48,7 +50,7 @@ def sample(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     family = adapted(adapter, base, strength, device, prompt_chunks)
-    return draw(family, prompts, count, sampler or SamplerConfig(), seed, resolution=resolution)
+    return draw(family, prompts, count, sampler or SamplerConfig(), seed, resolution=resolution, negative=negative)
 
 
 def adapted(
