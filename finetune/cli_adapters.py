@@ -73,9 +73,13 @@ def merge(
     weights: Annotated[str | None, typer.Option(help="One for each file, with commas.", show_default="all 1")] = None,
     strength: Annotated[float, typer.Option(help="With --into: of the merged change.")] = 1.0,
     rank: Annotated[int | None, typer.Option(min=1, help="Of svd, ties, dare.", show_default="the largest")] = None,
-    density: Annotated[float, typer.Option(help="Of ties: share of numbers that is kept.")] = 0.2,
-    drop: Annotated[float, typer.Option(help="Of dare: probability that a number is dropped.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="Of dare.")] = 0,
+    density: Annotated[
+        float | None, typer.Option(help="Of ties: share of numbers that is kept.", show_default="0.2")
+    ] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="Of dare: probability that a number is dropped.", show_default="0.5")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of dare.", show_default="0")] = None,
     to: Layout = None,
     dtype: Dtype = None,
     base: Base = None,
@@ -85,7 +89,12 @@ def merge(
     from finetune.export.tools.merge_into import merge_into
     from finetune.export.tools.method import Method
 
-    asked = Method(method, _numbers(weights, len(files)), density, drop, seed)
+    dare = {"drop": drop, "seed": seed}
+    no_part = {"density": density} if method != "ties" else {}
+    no_part |= dare if not method.startswith("dare") else {}
+    _refuse({f"--{name}": value for name, value in no_part.items()}, f"has no part in --method {method}")
+    given = {name: value for name, value in {"density": density, **dare}.items() if value is not None}
+    asked = Method(method, _numbers(weights, len(files)), **given)  # type: ignore[arg-type]
     if into is not None:
         _refuse({"--rank": rank, "--to": to, "--base": base}, "is for merging adapters with each other, not --into")
         baked = merge_into(files, into, out, asked, strength=strength, dtype=dtype)

@@ -66,6 +66,8 @@ def test_mistakes_end_with_2(lora, tiny_sd, monkeypatch, capsys, tmp_path):
         "expected numbers with commas": ("merge", lora, "--weights", "1;2"),
         "2 weights": ("merge", lora, "--weights", "1,2"),
         "--rank is for merging": ("merge", lora, "--into", tiny_sd, "--rank", "2"),
+        "--density has no part in --method svd": ("merge", lora, lora, "--method", "svd", "--density", "0.5"),
+        "--seed has no part in --method ties": ("merge", lora, lora, "--method", "ties", "--seed", "0"),
         "--strength is for --into": ("merge", lora, "--strength", "2"),
         "say a rank": ("resize", lora),
         "no layout 'comfyui' of a lora": ("convert", lora, "--to", "comfyui"),

@@ -55,6 +55,8 @@ def merge(
             shapes do not fit the method.
     """
     require_adapter_file(out)
+    if rank is not None and method.name in FACTORS:
+        raise UserError(f"rank {rank} has no part in {method.name}, which cuts nothing off; svd is the sum at a rank")
     sources = [Source(path, base) for path in paths]
     _require_fitting(sources, method, base)
     to = to or ("kohya" if sources[0].layout == "kohya" else "diffusers")
