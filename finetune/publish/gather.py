@@ -98,7 +98,7 @@ def _run(path: Path) -> RunFolder | None:
 def _weights(path: Path, run: RunFolder | None) -> list[Path]:
     if not path.is_dir() or (path / "model_index.json").is_file():
         return [locate(path)]
-    folder = path / "adapters" if run and run.path == path else path
+    folder = path / "adapters" if (path / "adapters").is_dir() or (run and run.path == path) else path
     model = folder / MODEL
     found = [model] if (model / "model_index.json").is_file() else []
     found += sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.pt")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import numpy as np
 import pytest
-from demo_methods import METHODS
+from exported_methods import METHODS
 
 from finetune.config.schema import SamplerConfig
 from finetune.demo.columns import Columns, Settings, strengths_of

@@ -5,17 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
+from exported_methods import METHODS, write
+from PIL import Image
 from safetensors.torch import save_file
 
+from finetune.config.schema import SamplerConfig
+from finetune.export.sample import sample
 from finetune.export.tools.convert import convert
 from finetune.export.tools.merge_into import merge_into
 from finetune.export.tools.method import Method
 from finetune.publish.markdown import code, fenced
 from finetune.publish.private import without_place
 from finetune.publish.push import prepare
+from finetune.randomness import generator
 
 
 def parts(text: str) -> tuple[dict[str, Any], str]:
@@ -51,16 +58,24 @@ def test_front_matter_of_a_run(ended):
     assert "partly: it drops attention layers without a word" in body, "of the file that is not for ComfyUI"
 
 
-def test_the_script_is_python_that_runs(ended, tiny_sd, monkeypatch):
-    """As a reader copies it, with the hub's repository in a folder."""
-    _, body = card(ended)
+@pytest.mark.parametrize(
+    "method", [pytest.param(one, marks=[pytest.mark.slow] if one in ("dora", "loha", "oft") else []) for one in METHODS]
+)
+def test_the_script_draws_what_sample_draws(method, tiny_sd, monkeypatch, tmp_path):
+    """As a reader copies it, of every method, with the repository in a folder and the model's noise."""
+    run = write(method, tiny_sd, tmp_path)
+    _, body = card(run)
     script = body.partition("```python\n")[2].partition("\n```")[0]
-    script = script.replace("'path/to/the/base/model'", repr(str(tiny_sd))).replace(
-        "'me/zib'", repr(str(ended / "adapters"))
-    )
-    monkeypatch.chdir(ended.parent)
-    exec(compile(script.replace(").images", ", num_inference_steps=1).images"), "card", "exec"), {})
-    assert (ended.parent / "picture.png").is_file()
+    assert "me/zib" in script
+    folder = run / "adapters" / ("model" if method == "full" else "")
+    script = script.replace("'path/to/the/base/model'", repr(str(tiny_sd))).replace("'me/zib'", repr(str(folder)))
+    script = script.replace("what you would like to see", "a photo of <zib> star")  # a whole model says no prompt
+    few = "num_inference_steps=2, guidance_scale=3.0, generator=generator(0, 'sample', 0, 0)"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda place, name: str(Path(place) / name))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script.replace(").images", f", {few}).images"), "card", "exec"), {"generator": generator})
+    wanted = sample(run, ["a photo of <zib> star"], sampler=SamplerConfig(steps=2, guidance=3.0))[0]
+    assert np.array_equal(np.asarray(Image.open("picture.png").convert("RGB")), np.asarray(wanted))
 
 
 @pytest.mark.parametrize(
