@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from finetune.config.schema import ModelConfig
 
 File = Annotated[
     Path,
@@ -225,6 +228,7 @@ def demo(
     strengths: Annotated[
         str | None, typer.Option(help="Filled in, with commas.", show_default="0,0.5,1, or what the adapter has")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "float32",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page, on this machine alone.")] = 7860,
 ) -> None:
     """Open a page that draws a prompt at several strengths of an adapter, side by side. Needs finetune[demo]."""
@@ -233,7 +237,18 @@ def demo(
     gr = gradio()  # before anything slow is loaded
     from finetune.demo.columns import Columns
 
-    page(gr, Columns(adapter, base), strengths).launch(server_name="127.0.0.1", server_port=port)
+    page(gr, Columns(adapter, base, held=held(dtype)), strengths).launch(server_name="127.0.0.1", server_port=port)
+
+
+def held(dtype: str) -> ModelConfig:
+    """How a base is to lie in memory."""
+    from finetune.config.memory import DTYPES
+    from finetune.config.schema import ModelConfig
+    from finetune.errors import UserError, nearest
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is not known{nearest(dtype, DTYPES)}")
+    return ModelConfig(dtype=dtype)
 
 
 def _judge(path: Path, base: str | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetune.config.schema import SamplerConfig
+from finetune.config.schema import ModelConfig, SamplerConfig
 from finetune.errors import UserError
 from finetune.export.base import load_base
 from finetune.export.kinds import lora
@@ -47,13 +47,21 @@ class Columns:
     Args:
         adapter: a file, a model folder or a run's folder.
         base: as in a recipe's ``model.path``; what the file says where it is not given.
+        device: a GPU where there is one.
+        held: a recipe's ``model``, where the base shall lie in memory as it does there; else all of it is float32.
 
     Raises:
         UserError: there is no such adapter, or it does not say its base and none is named.
     """
 
-    def __init__(self, adapter: Path, base: str | None = None, device: torch.device | str | None = None) -> None:
-        self._adapter, self._base = adapter, base
+    def __init__(
+        self,
+        adapter: Path,
+        base: str | None = None,
+        device: torch.device | str | None = None,
+        held: ModelConfig | None = None,
+    ) -> None:
+        self._adapter, self._base, self._held = adapter, base, held
         self._pieces = pieces(adapter)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._scaled = [one.kind for one in self._pieces] == ["lora"] and self._pieces[0].layout != "difference"
@@ -116,10 +124,10 @@ class Columns:
 
     def _load(self, strength: float) -> ModelFamily:
         if strength != 0.0 or self._scaled:
-            return adapted(self._adapter, self._base, strength, self._device)
+            return adapted(self._adapter, self._base, strength, self._device, held=self._held)
         if self._pieces[0].whole:
             raise UserError(f"{self._adapter} is a whole model, which has no strength but 1")
-        family = load_base(self._pieces[0], self._base)
+        family = load_base(self._pieces[0], self._base, held=self._held)
         family.sampling, family.device = {}, self._device  # nothing of what was trained, its scheduler neither
         family.pipeline()  # loads it, so that it stays between pictures
         return family

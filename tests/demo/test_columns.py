@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from exported_methods import METHODS
 
-from finetune.config.schema import SamplerConfig
+from finetune.config.schema import ModelConfig, SamplerConfig
 from finetune.demo.columns import Columns, Settings, strengths_of
 from finetune.errors import UserError
 from finetune.export.sample import sample
@@ -79,6 +79,13 @@ def test_a_negative_prompt_reaches_the_pipeline(exported, tiny_sd):
     assert equal(picture, plain(tiny_sd, negative_prompt="grass")) and not equal(picture, plain(tiny_sd))
     with pytest.raises(UserError, match="needs guidance above 1"):
         list(columns(PROMPT, Settings((0.0,), negative="grass", sampler=SamplerConfig(steps=1, guidance=1.0))))
+
+
+def test_the_base_is_held_as_it_is_asked_for(exported, tiny_sd):
+    run, half = exported("lora"), ModelConfig(dtype="bfloat16")
+    drawn = dict(Columns(run, held=half)(PROMPT, settings(0.0, 1.0)))
+    (wanted,) = sample(run, [PROMPT], seed=3, sampler=SAMPLER, held=half)
+    assert equal(drawn[1.0], wanted) and not equal(drawn[0.0], plain(tiny_sd))
 
 
 def test_strengths_are_numbers():
