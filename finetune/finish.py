@@ -21,7 +21,7 @@ from finetune.data.places import Place
 from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
-from finetune.export import Identity, Verification, export, identify, pieces, verify
+from finetune.export import Verification, export, identify, pieces, usage, verify
 from finetune.export.cover import put_cover
 from finetune.export.sample import adapted
 from finetune.families import EMBEDDED, load_family
@@ -244,16 +244,9 @@ def _exported(one: Verification, run: Path) -> ExportedFile:
 def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions) -> list[Command]:
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
-    base = recipe.model.path
     used = pieces(path.parent)
-    if used[0].whole or base not in EMBEDDED:
-        folder = str(used[0].path) if used[0].whole else base
-        loading = f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({folder!r})"
-    else:
-        loading = f"from finetune import tinyworld\n\npipeline = tinyworld.pipeline({base!r})"
-    lines = [_loading(one) for one in used if not one.whole]
-    own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
-    loading = "\n".join([own + loading, *lines])
+    model = str(used[0].path) if used[0].whole else recipe.model.path
+    code = "\n".join([usage.pipeline(model), *(usage.loading(one) for one in used if not one.whole)])
     what = path if len(used) == 1 else path.parent
     chunks = recipe.model.prompt_chunks
     long = f" --prompt-chunks {chunks}" if used[0].whole and chunks > 1 else ""
@@ -261,24 +254,10 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"{usage.imports(code)}\n{code}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
-
-
-def _loading(one: Identity) -> str:
-    """The line that puts a file into a diffusers pipeline."""
-    loaders = {
-        "full": "finetune.load_delta",
-        "aesthetic": "finetune.load_aesthetic",
-        "hypernetwork": "finetune.load_hypernetwork",
-        "lycoris": "finetune.load_lycoris",
-    }
-    if one.kind in loaders or one.layout == "difference":
-        return f"{loaders.get(one.kind, 'finetune.load_lycoris')}(pipeline, {str(one.path)!r})"
-    load = "load_textual_inversion" if one.kind == "embedding" else "load_lora_weights"
-    return f"pipeline.{load}({str(one.path)!r})"
 
 
 def _figures(one: Evaluation) -> str:
