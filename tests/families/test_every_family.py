@@ -95,6 +95,7 @@ def in_patches(pipeline: Any, latents: Tensor) -> Tensor:
 
 PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "flux": in_patches,
+    "flux2-dev": lambda pipeline, latents: pipeline._patchify_latents(latents),
     "flux2-klein": lambda pipeline, latents: pipeline._patchify_latents(latents),
     "qwen-image": in_patches,
 }

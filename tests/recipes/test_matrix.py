@@ -37,8 +37,8 @@ METHODS: Mapping[str, dict[str, Any]] = {
     },
     "hypernetwork": {"kind": "hypernetwork"},
 }
-HEAVY = ("flux2-klein",)
-"""Families whose twins are deep: their other cells than these are for the nightly run."""
+HEAVY = ("flux2-dev", "flux2-klein", "lumina2")
+"""Families of which only these cells are run every time, the others nightly: twins that are deep, and the latest."""
 LIGHT = ("lora", "embedding")
 CELLS = [
     pytest.param(name, method, marks=[pytest.mark.slow] if name in HEAVY and method not in LIGHT else [])
