@@ -70,12 +70,13 @@ class Vocabulary:
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """Make ``tokens`` known to a tokenizer, and return their ids.
 
-    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them.
+    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them. They are
+    looked for before it makes letters of spaces.
     """
     from transformers import AddedToken
 
     keeps = bool(tokenizer(" ", add_special_tokens=False).input_ids)
-    tokenizer.add_tokens([AddedToken(token, lstrip=keeps) for token in tokens])
+    tokenizer.add_tokens([AddedToken(token, lstrip=keeps, normalized=not keeps) for token in tokens])
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
     return ids
 
