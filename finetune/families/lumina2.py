@@ -116,7 +116,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
     with drawn(seed):
         Lumina2Pipeline(
             transformer=Lumina2Transformer2DModel(
-                sample_size=2,
+                sample_size=8,
                 in_channels=4,
                 hidden_size=2 * sum(head),
                 num_layers=2,
@@ -128,7 +128,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
                 axes_lens=(300, 32, 32),  # the first counts tokens of a prompt
                 cap_feat_dim=width,
             ).eval(),
-            vae=unquantised(0.3611, 0.1159, levels=4),  # the pipeline takes 8 pixels per latent cell for granted
+            vae=unquantised(0.3611, 0.1159),
             text_encoder=gemma2(width),
             tokenizer=tokenizer(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),

@@ -65,12 +65,12 @@ def drawn(seed: int) -> Iterator[None]:
         yield
 
 
-def autoencoder(channels: int, levels: int = 2, **settings: Any) -> AutoencoderKL:
-    """Two pixels per latent cell, and twice as many with each level more."""
+def autoencoder(channels: int, **settings: Any) -> AutoencoderKL:
+    """Two pixels per latent cell."""
     return AutoencoderKL(
-        block_out_channels=(8,) * levels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=channels,
         norm_num_groups=4,
         sample_size=16,
@@ -78,11 +78,10 @@ def autoencoder(channels: int, levels: int = 2, **settings: Any) -> AutoencoderK
     ).eval()
 
 
-def unquantised(scaling_factor: float, shift_factor: float, levels: int = 2) -> AutoencoderKL:
+def unquantised(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
     """As of SD 3 and Flux: latents are shifted, and no layer stands between them and the rest."""
     return autoencoder(
         4,
-        levels,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
         use_quant_conv=False,
