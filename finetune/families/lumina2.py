@@ -113,6 +113,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
     from finetune.families.tiny_gemma import gemma2, tokenizer
 
     width, head = 16, (2, 4, 4)
+    words = tokenizer()
     with drawn(seed):
         Lumina2Pipeline(
             transformer=Lumina2Transformer2DModel(
@@ -129,8 +130,8 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
                 cap_feat_dim=width,
             ).eval(),
             vae=unquantised(0.3611, 0.1159),
-            text_encoder=gemma2(width),
-            tokenizer=tokenizer(),
+            text_encoder=gemma2(width, len(words)),
+            tokenizer=words,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         ).save_pretrained(path)
     return path

@@ -20,7 +20,7 @@ from finetune.family import ModelFamily
 from finetune.randomness import generator
 
 CAPTIONS = ["a large striped red star on grass", "a photo of a sksq star"]
-SIZES = [(16, 16), (16, 32)]  # height and width of a twin's pictures, pixels
+SIZES = [(32, 32), (32, 64)]  # height and width of a twin's pictures, pixels
 
 
 @pytest.fixture(scope="module", params=sorted(families()))

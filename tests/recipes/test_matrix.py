@@ -37,7 +37,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     },
     "hypernetwork": {"kind": "hypernetwork"},
 }
-HEAVY = ("flux2-dev", "flux2-klein", "lumina2")
+HEAVY = ("flux2-dev", "flux2-klein", "lumina2", "sana")
 """Families of which only these cells are run every time, the others nightly: twins that are deep, and the latest."""
 LIGHT = ("lora", "embedding")
 CELLS = [
