@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import SanaPipeline
 from torch import Tensor
 
 from finetune.batch import Conditioning, Posterior
@@ -22,14 +21,20 @@ from finetune.families.patterns import NORMS
 from finetune.families.unet import READERS
 from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
 
-INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-BEFORE = "\n".join(INSTRUCTION)
-"""What the pipeline puts before a prompt; part of the model."""
 WORDS = 300
 """Tokens that the denoiser is given: the first, the instruction's last and those of a caption."""
 
 _BLOCK = r"transformer_blocks\.\d+"
 _ATTENTION = [rf"{_BLOCK}\.attn[12]\.to_(q|k|v|out\.0)"]
+
+
+@functools.cache
+def instruction() -> Sequence[str]:
+    """Lines that the pipeline puts before a prompt; part of the model. The pipeline takes its time to be imported."""
+    from diffusers import SanaPipeline
+
+    lines: Sequence[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return lines
 
 
 class LowerCase(Vocabulary):
@@ -68,7 +73,8 @@ class Sana(LanguageModelFolder):
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
         self.vocabularies = {TEXT_ENCODER: LowerCase(self.tokenizers[TEXT_ENCODER], TEXT_ENCODER)}
-        self.length = len(self.tokenizers[TEXT_ENCODER](BEFORE).input_ids) + WORDS - 2
+        self._before = "\n".join(instruction())
+        self.length = len(self.tokenizers[TEXT_ENCODER](self._before).input_ids) + WORDS - 2
         self.pixel_multiple = self.latent_scale * self.patch
         self.sites = Sites(
             linears={
@@ -105,7 +111,7 @@ class Sana(LanguageModelFolder):
         """``text`` behind the instruction; where there is none, nothing, as the pipeline guides away from it."""
         tokenizer = self.tokenizers[TEXT_ENCODER]
         start: str = tokenizer.decode(tokenizer("").input_ids)  # with which it begins every text
-        return f"{start}{BEFORE}{text.lower().strip()}" if text else start
+        return f"{start}{self._before}{text.lower().strip()}" if text else start
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """The last states, after the final norm, of the first token and of those behind the instruction, 300 in all;
@@ -143,7 +149,7 @@ class Sana(LanguageModelFolder):
 
         @functools.wraps(plain)
         def encode_prompt(*arguments: Any, **named: Any) -> Any:
-            return plain(*arguments, **{"complex_human_instruction": INSTRUCTION, **named})
+            return plain(*arguments, **{"complex_human_instruction": instruction(), **named})
 
         pipeline.encode_prompt = encode_prompt
         return pipeline
@@ -151,13 +157,13 @@ class Sana(LanguageModelFolder):
 
 def tiny(path: Path, *, seed: int = 0) -> Path:
     """Write a ``SanaPipeline`` folder with random weights; see ``finetune.families.tiny``."""
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
     from finetune.families.tiny import drawn
     from finetune.families.tiny_gemma import gemma2, tokenizer
 
     width, channels = 16, 4
-    words = tokenizer(BEFORE.split())
+    words = tokenizer(" ".join(instruction()).split())
     both = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in _HALF.items()}
     with drawn(seed):
         SanaPipeline(
