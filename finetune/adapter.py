@@ -108,6 +108,10 @@ class Adapter(Protocol):
         """Called after each update, with the learning rate of each group: where weights are kept within bounds."""
         return
 
+    def set_aside(self) -> int:
+        """Bytes of tensors that are held beside the networks, such as weights of the base that others stand for."""
+        return 0
+
     def penalty(self) -> Tensor | None:
         """What is added to the loss for weights that went astray, a scalar with gradient; None where there is none."""
         return None

@@ -98,7 +98,8 @@ def report(
     base.release(*list(base.networks))
     file = verified[0].path
     source = None if identify(file).whole else recipe.model.path
-    trained = adapted(folder.adapters, source, device=processes.device, prompt_chunks=recipe.model.prompt_chunks)
+    chunks = recipe.model.prompt_chunks
+    trained = adapted(folder.adapters, source, device=processes.device, prompt_chunks=chunks, held=recipe.model)
     after = _ask(asked, trained, recipe, processes)
     if not processes.is_main:
         return

@@ -21,7 +21,7 @@ ALLOWED = {
     "batch": set(),
     "objective": {"randomness"},
     "originals": set(),
-    "family": {"batch", "objective", "objectives", "originals", "errors"},
+    "family": {"batch", "config", "objective", "objectives", "originals", "errors"},
     "adapter": set(),
     "objectives": {"objective", "config", "errors", "randomness"},
     "denoise": {"adapter", "batch", "family", "objective", "config"},

@@ -222,6 +222,11 @@ class Lora(Injected):
                 down *= math.sqrt(ratio)
                 up *= math.sqrt(ratio)
 
+    def set_aside(self) -> int:
+        """With PiSSA what every layer was, and what its factors began as."""
+        kept = (part for one in self._principal.values() for part in (one.original, one.down, one.up))
+        return sum(part.nbytes for part in kept)
+
     def _alpha(self, rank: int) -> float:
         """Alpha of a layer of some rank, so that ``alpha / rank`` is the same for all."""
         alpha = self.config.alpha or float(self.config.rank)

@@ -141,6 +141,10 @@ class Pivotal(Adapter):
         if not {group.name for group in self.layers.groups()} & resting:
             self.layers.end_step(rates)
 
+    def set_aside(self) -> int:
+        """That of the layers."""
+        return self.layers.set_aside()
+
     def penalty(self) -> Tensor | None:
         """That of the words, while they move."""
         return None if self._words_rest(self._step) else self.words.penalty()

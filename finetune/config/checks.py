@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune.config import buckets, objective, optimizer_checks, origin, pivotal, schedule, wording
+from finetune.config import buckets, memory, objective, optimizer_checks, origin, pivotal, schedule, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -53,7 +53,7 @@ class Contradiction(NamedTuple):
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Everything in ``recipe`` that cannot be meant."""
     yield from _concepts(recipe)
-    for section in (origin, buckets, wording, objective):
+    for section in (origin, buckets, wording, objective, memory):
         yield from (Contradiction(*found) for found in section.contradictions(recipe))
     yield from _prior(recipe)
     yield from _adapter(recipe)

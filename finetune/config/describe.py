@@ -77,7 +77,8 @@ def options(annotation: Any) -> list[Any]:
     """The members of a union without None; the annotation itself where it is no union."""
     annotation, metadata = _bare(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
-        return [_untagged(option) for option in get_args(annotation) if option is not types.NoneType]
+        members = [option for option in get_args(annotation) if option is not types.NoneType]
+        return options(members[0]) if len(members) == 1 else [_untagged(option) for option in members]
     return [Annotated[annotation, *metadata] if metadata else annotation]
 
 

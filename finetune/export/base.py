@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.export.metadata import OWN, sampling
@@ -9,13 +11,16 @@ from finetune.export.read import Identity
 from finetune.family import ModelFamily
 
 
-def load_base(found: Identity, base: str | None = None, prompt_chunks: int | None = None) -> ModelFamily:
+def load_base(
+    found: Identity, base: str | None = None, prompt_chunks: int | None = None, held: ModelConfig | None = None
+) -> ModelFamily:
     """The family of an adapter's base model, or of a whole model itself, with no network in memory yet.
 
     Args:
         base: as in a recipe's ``model.path``; what the file says where it is not given.
         prompt_chunks: as in a recipe's ``model``; what the file says where it is not given, and 1 of a whole model,
             which does not say it.
+        held: a recipe's ``model``, where the base shall lie in memory as it does there; else all of it is float32.
 
     Raises:
         UserError: neither names a model, there is no such model, or a base is named for a whole model.
@@ -25,12 +30,16 @@ def load_base(found: Identity, base: str | None = None, prompt_chunks: int | Non
     if found.whole:
         if base is not None:
             raise UserError(f"{found.path} is a whole model and needs no base; {base!r} would not be used")
-        return load_family(ModelConfig(path=str(found.path), prompt_chunks=prompt_chunks or 1))
+        return load_family(_as(held, path=str(found.path), prompt_chunks=prompt_chunks or 1))
     path = base or found.base
     if not path:
         raise UserError(f"{found.path} does not say which base model it belongs to; name it with --base")
     revision = None if base else found.metadata.get(f"{OWN}revision")
     chunks = prompt_chunks or found.prompt_chunks
-    family = load_family(ModelConfig(path=path, revision=revision, prompt_chunks=chunks))
+    family = load_family(_as(held, path=path, revision=revision, prompt_chunks=chunks))
     family.sampling = sampling(found.metadata)
     return family
+
+
+def _as(held: ModelConfig | None, **names: Any) -> ModelConfig:
+    return (held or ModelConfig()).model_copy(update={"family": None, "revision": None, **names})

@@ -65,6 +65,7 @@ def load_family(
     family.objective = refined(family.process, wanted)
     family.sampling = family.objective.sampling
     family.device = torch.device(device)
+    family.model = config
     family.prompt_chunks = config.prompt_chunks
     if wanted.guidance is not None:
         if family.guidance is None:

@@ -100,7 +100,7 @@ class SDXL(UNetFolder):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w], for pictures of this ``geometry`` (section 2.2 of the paper)."""
-        told = {"text_embeds": prompt.pooled, "time_ids": geometry.to(prompt.tokens.dtype)}
+        told = {"text_embeds": prompt.pooled, "time_ids": geometry.float()}
         return self.networks["denoiser"](
             noisy, timesteps, encoder_hidden_states=prompt.tokens, added_cond_kwargs=told, return_dict=False
         )[0]
