@@ -76,8 +76,10 @@ class Flux2Folder(LanguageModelFolder):
 
     @functools.cached_property
     def _norm(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of a token's numbers, [4 C], kept when the autoencoder is freed."""
-        vae: Any = self.networks["vae"] if "vae" in self.networks else self.fresh("vae")
+        """Mean and deviation of a token's numbers, [4 C], kept when the autoencoder is freed; of its true weights."""
+        vae: Any = self.networks["vae"] if "vae" in self.networks else None
+        if vae is None or vae.dtype != torch.float32:
+            vae = self.fresh("vae")
         mean, variance = vae.bn.running_mean.cpu().clone(), vae.bn.running_var.cpu()
         return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
 
