@@ -63,13 +63,8 @@ def one(
     pipeline: Any, prompt: str, settings: Mapping[str, Any], rng: torch.Generator, resolution: int | None = None
 ) -> Image.Image:
     """One picture, drawn by diffusers' own pipeline; ``settings`` as of ``arguments``."""
-    picture: Image.Image = pipeline(
-        prompt=prompt,
-        **settings,
-        generator=rng,
-        height=resolution,
-        width=resolution,
-    ).images[0]
+    size = {} if resolution is None else {"height": resolution, "width": resolution}  # not all know what None is
+    picture: Image.Image = pipeline(prompt=prompt, **settings, generator=rng, **size).images[0]
     return picture
 
 
