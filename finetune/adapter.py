@@ -88,6 +88,10 @@ class Adapter(Protocol):
         """Inside, the networks answer as they did before anything was trained."""
         ...
 
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """Frozen weights of the base that hold something else while this trains, by canonical name: what they were."""
+        return {}
+
     def parts(self) -> Sequence[Adapter]:
         """The adapters that this one is made of, each of which is exported for itself."""
         return (self,)
@@ -108,7 +112,7 @@ class Adapter(Protocol):
         """Called after each update, with the learning rate of each group: where weights are kept within bounds."""
         return
 
-    def set_aside(self) -> int:
+    def bytes_beside(self) -> int:
         """Bytes of tensors that are held beside the networks, such as weights of the base that others stand for."""
         return 0
 

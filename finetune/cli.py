@@ -131,6 +131,7 @@ def sample(
     base: Base = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     strength: Annotated[float, typer.Option(help="How much a LoRA counts: 0 is the base, 1 what was trained.")] = 1.0,
+    negative: Annotated[str, typer.Option(help="What guidance leads away from.", show_default=False)] = "",
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float, typer.Option(min=0)] = 5.0,
@@ -144,14 +145,9 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
 ) -> None:
     """Draw with an exported adapter, loaded by diffusers as anybody would."""
-    from finetune.config.memory import DTYPES
-    from finetune.config.schema import ModelConfig, SamplerConfig
-    from finetune.errors import UserError, nearest
+    from finetune.config.schema import SamplerConfig
     from finetune.export import sample as export_sample
     from finetune.files import replacing
-
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype: {dtype!r} is not known{nearest(dtype, DTYPES)}")
 
     sampler = SamplerConfig(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale, scheduler=scheduler)
     pictures = export_sample.sample(
@@ -164,7 +160,8 @@ def sample(
         count=count,
         resolution=resolution,
         prompt_chunks=prompt_chunks,
-        held=ModelConfig(dtype=dtype),
+        negative=negative,
+        held=adapters.held(dtype),
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"
@@ -248,7 +245,9 @@ def evaluate(
 
 @app.command()
 def tokens(
-    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub name, or tinyworld.")] = "tinyworld",
+    model: Annotated[
+        str, typer.Argument(help="A diffusers folder, a hub name, tinyworld or tinyworld-flow.")
+    ] = "tinyworld",
     count: Annotated[int, typer.Option(min=1)] = 20,
 ) -> None:
     """Rare words for a new subject: one token each, hardly used, with the norm of what they mean so far."""
@@ -271,11 +270,27 @@ def models() -> None:
     from finetune.families.support import table
 
     typer.echo(table())
-    typer.echo(f"model.path: {EMBEDDED} is the small model that comes with the toolkit, of the family sd.")
+    typer.echo(f"model.path: {' and '.join(EMBEDDED)} come with the toolkit, small ones of the families sd and sd3.")
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
-for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):
+@app.command()
+def formats() -> None:
+    """Which files each method writes for each architecture, and which tools read them; takes some seconds."""
+    from finetune.formats import table
+
+    typer.echo(table(), nl=False)
+
+
+for verb in (
+    adapters.convert,
+    adapters.merge,
+    adapters.extract,
+    adapters.resize,
+    adapters.prune,
+    adapters.push,
+    adapters.demo,
+):
     app.command()(verb)
 app.add_typer(
     data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."

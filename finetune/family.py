@@ -187,17 +187,20 @@ class ExportNames:
 
 @dataclass(frozen=True)
 class Published:
-    """What headers of adapter files call the models that they are for, where a family's is one of the published sizes.
+    """What headers of adapter files call the models that they are for.
 
     Attributes:
-        architecture: ModelSpec's: "stable-diffusion-xl-v1-base".
+        architecture: ModelSpec's: "stable-diffusion-xl-v1-base"; of a size that was never published the family's with
+            "-custom" behind it.
         version: kohya's ``ss_base_model_version``: "sdxl_base_v1-0", or "".
         shelf: under which A1111 and Forge list it: "SDXL".
+        code: ModelSpec's implementation, whose names layers have in files of kohya's layout.
     """
 
     architecture: str = "stable-diffusion-custom"
     version: str = ""
     shelf: str = "Other"
+    code: str = "diffusers"
 
 
 def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
@@ -255,6 +258,15 @@ class ModelFamily(Protocol):
 
     def fresh(self, network: str) -> nn.Module:
         """Another copy of a network as it is on disk: on the CPU, frozen, in ``eval()``, not in ``networks``."""
+        ...
+
+    def twin(self, originals: Mapping[str, Tensor]) -> ModelFamily:
+        """The same model by itself, as if it had just been loaded: without what methods have added to its networks and
+        tokenizers. It shares the weights that are in memory; nobody may write into those.
+
+        Args:
+            originals: canonical name -> what the base has in place of a weight in memory.
+        """
         ...
 
     def fingerprint(self, *networks: str) -> str:

@@ -41,6 +41,10 @@ ALLOWED = {
     # what puts the parts together
     "plan": {*BORDERS, "aesthetic", "config", "data", "families", "adapters", "train", "export", *BOTTOM},
     "finish": {*BORDERS, "config", "data", "families", "train", "export", "evaluation", "sampling", "distributed"},
+    "formats": {"adapter", "family", "families", "adapters", "config", "export", "errors", "randomness"},
+    "preview": {"adapter", "family", "export", "files", "sampling", "train"},
+    "demo": {"config", "export", "family", "sampling", *BOTTOM},
+    "publish": {"config", "export", "train", *BOTTOM},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }
 COMMANDS = {

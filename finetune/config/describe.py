@@ -14,7 +14,7 @@ from pydantic import Tag
 from pydantic.fields import FieldInfo
 
 from finetune.config.schema import Recipe
-from finetune.config.section import Section
+from finetune.config.section import Section, fields
 
 _NOUN = re.compile(r"^an? (.*?)(integer|number)")  # of "a positive integer", "a number from 0 to below 1"
 
@@ -38,7 +38,7 @@ class Listed:
 def sections(section: type[Section] = Recipe, path: str = "", repeated: bool = False) -> Iterator[Listed]:
     """Every section of a recipe, from the top down, in the order of the schema."""
     yield Listed(path, kind_of(section), section, repeated)
-    for name, field in section.model_fields.items():
+    for name, field in fields(section).items():
         inner = element(field.annotation)
         for option in options(inner or field.annotation):
             if is_section(option):
@@ -47,7 +47,7 @@ def sections(section: type[Section] = Recipe, path: str = "", repeated: bool = F
 
 def owners(key: str) -> list[Listed]:
     """The sections that have ``key``."""
-    return [listed for listed in _every_section() if key in listed.section.model_fields]
+    return [listed for listed in _every_section() if key in fields(listed.section)]
 
 
 def kinds(annotation: Any) -> dict[str, type[Section]]:

@@ -17,6 +17,7 @@ from finetune.config.origin import EMBEDDED, DatasetConfig
 from finetune.config.rates import last_step
 from finetune.config.schedule import ScheduleConfig
 from finetune.config.section import Fraction, Probability, Section, Text
+from finetune.config.tools import Tool
 from finetune.config.wording import FolderName, WordingConfig
 
 
@@ -24,7 +25,8 @@ class ModelConfig(Section):
     """The base model."""
 
     path: Text = "tinyworld"
-    """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
+    """A diffusers folder, a hub name, or a small model that is shipped with the toolkit: `tinyworld`, in the layout of
+    Stable Diffusion 1, or `tinyworld-flow`, in that of Stable Diffusion 3."""
     family: Text | None = None
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None
@@ -285,6 +287,9 @@ class SamplesConfig(Section):
     """What to draw; some of the concepts' own prompts where there are none."""
     per_prompt: PositiveInt = 1
     """Pictures per prompt."""
+    strength: float = 1.0
+    """How much what was trained counts in them: 0 is the base, 1 all of it. Whole weights, words and rotations have 1
+    alone."""
     sampler: SamplerConfig = SamplerConfig()
 
 
@@ -295,6 +300,8 @@ class ExportConfig(Section):
         Annotated[list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle"]], Field(min_length=1)] | None
     ) = None
     """Layouts of the files; all that the method has where it is not set: docs/formats.md."""
+    tools: Annotated[list[Tool], Field(min_length=1)] | None = Field(default=None, alias="for")
+    """In place of `formats` the tools that shall read them: each gets the layout that it reads best."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the tensors in the files."""
 

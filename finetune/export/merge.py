@@ -27,6 +27,8 @@ _PREFIXES = {
 def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -> int:
     """Add what a file of layout kohya changes, ``strength`` times, and return how many layers that were.
 
+    Nothing is written into the tensors that the pipeline held, which others may share.
+
     Raises:
         UserError: the pipeline has no such layer, or one of another size.
     """
@@ -42,7 +44,7 @@ def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise UserError(f"the layer {component}.{change.module} is quantised: nothing can be added to its weight")
         try:
-            weight.copy_(change.changed(weight, strength))
+            weight.data = change.changed(weight, strength).to(weight)
         except GuardError as error:
             raise UserError(str(error)) from error
     return len(found)

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from finetune import tinyworld
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError, nearest
 from finetune.family import ModelFamily
 from finetune.objectives import refined
 
-EMBEDDED = "tinyworld"
+EMBEDDED = tinyworld.NAMES
 GROUP = "finetune.families"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -80,16 +81,25 @@ def model_folder(config: ModelConfig) -> Path:
     Raises:
         UserError: there is no such folder or hub model.
     """
-    if config.path == EMBEDDED:
-        from finetune.tinyworld import BASE
-
-        return Path(BASE)
+    if config.path in EMBEDDED:
+        return tinyworld.base(config.path)
     folder = Path(config.path).expanduser()
     if folder.is_dir():
         return folder
     if _HUB_NAME.fullmatch(config.path) and not folder.parent.exists():
         return _fetch(config)
     raise UserError(f"model.path: no folder {config.path!r}{_neighbour(folder)}")
+
+
+def at_hand(config: ModelConfig) -> bool:
+    """Whether a model's files are on this machine, so that ``model_folder`` would fetch nothing large."""
+    if config.path in EMBEDDED or Path(config.path).expanduser().is_dir():
+        return True
+    if not _HUB_NAME.fullmatch(config.path):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(config.path, "model_index.json", revision=config.revision), str)
 
 
 def _named(name: str) -> Any:

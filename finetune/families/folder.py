@@ -20,6 +20,7 @@ from finetune.batch import Conditioning, Posterior
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families.block_swap import BlockSwap
+from finetune.families.outlines import filled, outline
 from finetune.families.precision import cast_at_border, cast_inputs
 from finetune.families.quantised import quantise
 from finetune.families.schedulers import with_settings
@@ -100,6 +101,8 @@ class DiffusersFolder(ABC):
         self.folder = folder
         self.source = source or str(folder)
         self.networks = nn.ModuleDict()
+        self._outlines: dict[str, nn.Module] = {}  # of networks in memory, as they were before anything was added
+        self._aside: dict[str, nn.Module] = {}  # networks that twins need and training does not
         self.device = torch.device("cpu")
         self.model = ModelConfig()
         self.prompt_chunks = 1
@@ -137,7 +140,9 @@ class DiffusersFolder(ABC):
         """
         for network in networks:
             if network not in self.networks:
-                self.networks[network] = self.hold(network, self._read(network, self._dtype(network)))
+                packed = self._packed(network, self._read(network, self._dtype(network)))
+                self._outlines[network] = outline(packed)
+                self.networks[network] = self._arranged(network, packed)
 
     def fresh(self, network: str) -> nn.Module:
         """Another copy of a network as it is on disk: float32, on the CPU, frozen, in ``eval()``.
@@ -153,9 +158,16 @@ class DiffusersFolder(ABC):
         Args:
             module: changed in place; of the dtype that ``model`` says. A skeleton stays on the meta device.
         """
-        model, meta = self.model, next(module.parameters()).is_meta
-        if packed := model.format_of(network):
+        return self._arranged(network, self._packed(network, module))
+
+    def _packed(self, network: str, module: nn.Module) -> nn.Module:
+        if packed := self.model.format_of(network):
             quantise(self.blocks_of(module), packed.kind, packed.skip)
+        return module
+
+    def _arranged(self, network: str, module: nn.Module) -> nn.Module:
+        """The half of ``hold`` that leaves the weights as they are: where they lie, and what goes in and out."""
+        model, meta = self.model, next(module.parameters()).is_meta
         if network == "vae":
             cast_inputs(module)
             if model.vae_tiling:
@@ -204,11 +216,31 @@ class DiffusersFolder(ABC):
         bare: nn.Module = loaded.eval().requires_grad_(False)
         return bare
 
+    def twin(self, originals: Mapping[str, Tensor]) -> DiffusersFolder:
+        """The same model without what methods have added; see ``finetune.family.ModelFamily``.
+
+        Networks that are not in memory are read when the first twin is made and are kept on the CPU for the next.
+        """
+        other = type(self)(self.folder, self.source)
+        other.device, other.model, other.prompt_chunks = self.device, self.model, self.prompt_chunks
+        other.objective, other.sampling, other.guidance = self.objective, self.sampling, self.guidance
+        for network in self.parts:
+            if network in self.networks and network in self._outlines:
+                frame, held = self._outlines[network], self.networks[network]
+            else:
+                if network not in self._aside:
+                    self._aside[network] = self._packed(network, self._read(network, self._dtype(network)))
+                frame, held = outline(self._aside[network]), self._aside[network]
+            own = {name.removeprefix(f"{network}."): one for name, one in originals.items()}
+            other.networks[network] = other._arranged(network, filled(frame, held, own))
+        return other
+
     def release(self, *networks: str) -> None:
         """Free the named networks."""
         for network in networks:
             if network in self.networks:
                 del self.networks[network]
+                self._outlines.pop(network, None)
 
     def fingerprint(self, *networks: str) -> str:
         """SHA-256 over the files of the named networks and how they are held, hex; a text encoder's includes its

@@ -34,6 +34,7 @@ class SDXL(UNetFolder):
 
     name: ClassVar[str] = "sdxl"
     models: ClassVar[str] = "Stable Diffusion XL and what is derived from it"
+    published = Published("stable-diffusion-xl-custom")
     space: ClassVar[Unsupported | None] = _UNSHARED
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionXLPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {

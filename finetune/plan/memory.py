@@ -75,7 +75,7 @@ def estimate(recipe: Recipe, family: ModelFamily, adapter: Adapter, processes: i
         f"{train.optimizer.name} states": states,
         "moving average": trainable if train.ema else 0,
         "untouched copy": trainable if trains_base(recipe) and isinstance(recipe.prior, ModelPrior) else 0,
-        "set aside by the adapter": adapter.set_aside(),
+        "set aside by the adapter": adapter.bytes_beside(),
         f"activations of {pictures} pictures": max(0, peak - trainable),
     }
     phases = {"encoding": LIBRARIES + before}

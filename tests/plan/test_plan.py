@@ -132,7 +132,7 @@ def test_memory_counts_what_pissa_sets_aside(folder: Path) -> None:
     plain, pissa = (plan(read(f"adapter.init={init}")).memory for init in ("kaiming", "pissa"))
     family = load_family(ModelConfig(path=read().model.path))
     adapter = attach(LoraConfig(kind="lora", rank=4, init="pissa"), family, 0)
-    assert pissa.total - plain.total == pissa.parts["set aside by the adapter"] == adapter.set_aside() > 0
+    assert pissa.total - plain.total == pissa.parts["set aside by the adapter"] == adapter.bytes_beside() > 0
 
 
 def test_all_networks_are_in_memory_while_pictures_are_drawn(folder: Path) -> None:
