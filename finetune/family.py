@@ -168,7 +168,7 @@ class ExportNames:
     Attributes:
         diffusers: component in diffusers' LoRA files ("unet", "text_encoder").
         kohya: prefix in kohya's files ("lora_unet", "lora_te"), or "" where no layout of theirs is written for the
-            family.
+            family: ``finetune.originals.tables`` says why.
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".

@@ -43,7 +43,7 @@ class Flux2Folder(LanguageModelFolder):
 
     depths: ClassVar[Sequence[int]]
     """Layers of the language model behind which the pipeline reads its states."""
-    length: ClassVar[int] = 512
+    length: int = 512
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
@@ -77,9 +77,8 @@ class Flux2Folder(LanguageModelFolder):
     @functools.cached_property
     def _norm(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of a token's numbers, [4 C], kept when the autoencoder is freed; of its true weights."""
-        vae: Any = self.networks["vae"] if "vae" in self.networks else None
-        if vae is None or vae.dtype != torch.float32:
-            vae = self.fresh("vae")
+        true = "vae" in self.networks and self.networks["vae"].dtype == torch.float32
+        vae: Any = self.networks["vae"] if true else self.fresh("vae")
         mean, variance = vae.bn.running_mean.cpu().clone(), vae.bn.running_var.cpu()
         return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
 

@@ -1,6 +1,8 @@
-"""What families have in common whose only text encoder is a language model: Z-Image, Qwen-Image, FLUX.2, Lumina 2.
+"""What families have in common whose only text encoder is a language model: Z-Image, Qwen-Image, FLUX.2, Lumina 2,
+Sana.
 
-A caption is put into the template of a conversation or behind an instruction, and the denoiser reads what the model makes of it on the way.
+A caption is put into the template of a conversation or behind an instruction, and the denoiser reads what the model
+makes of it on the way.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class LanguageModelFolder(DiffusersFolder):
 
     readers: ClassVar[tuple[str, str] | Unsupported] = READERS
     chunks: ClassVar[Unsupported | None] = Unsupported("a language model reads a caption whole")
-    length: ClassVar[int]
+    length: int
     """Tokens that the pipeline lets the language model read, those of the template included."""
 
     @abstractmethod

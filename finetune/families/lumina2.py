@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Lumina2(LanguageModelFolder):
         "vae": Part("vae", "diffusers.AutoencoderKL"),
         TEXT_ENCODER: Part("text_encoder", "transformers.Gemma2Model", tokenizer="tokenizer"),
     }
-    length: ClassVar[int] = 256
+    length: int = 256
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
@@ -76,7 +76,9 @@ class Lumina2(LanguageModelFolder):
         """The states before the last layer, 256 tokens long; the denoiser is told which are real."""
         told = self.told(captions, padding="max_length", padding_side="right")
         states = ask(self.networks[TEXT_ENCODER], told)[-2]
-        return Conditioning(tokens=states, mask=torch.tensor(told["attention_mask"], dtype=torch.bool).to(states.device))
+        return Conditioning(
+            tokens=states, mask=torch.tensor(told["attention_mask"], dtype=torch.bool).to(states.device)
+        )
 
     def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """The same for all: padding is masked."""

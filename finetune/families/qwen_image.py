@@ -46,7 +46,7 @@ class QwenImage(LanguageModelFolder):
         "vae": Part("vae", "diffusers.AutoencoderKLQwenImage"),
         TEXT_ENCODER: Part("text_encoder", "transformers.Qwen2_5_VLForConditionalGeneration", tokenizer="tokenizer"),
     }
-    length: ClassVar[int] = 1024 + BEFORE
+    length: int = 1024 + BEFORE
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)

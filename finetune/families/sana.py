@@ -169,9 +169,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
         SanaPipeline(
             tokenizer=words,
             text_encoder=gemma2(width, len(words)),
-            vae=AutoencoderDC(
-                latent_channels=channels, attention_head_dim=4, scaling_factor=0.41407, **both
-            ).eval(),
+            vae=AutoencoderDC(latent_channels=channels, attention_head_dim=4, scaling_factor=0.41407, **both).eval(),
             transformer=SanaTransformer2DModel(
                 in_channels=channels,
                 out_channels=channels,

@@ -38,7 +38,7 @@ class ZImage(LanguageModelFolder):
         "vae": Part("vae", "diffusers.AutoencoderKL"),
         TEXT_ENCODER: Part("text_encoder", "transformers.Qwen3Model", tokenizer="tokenizer"),
     }
-    length: ClassVar[int] = 512
+    length: int = 512
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)

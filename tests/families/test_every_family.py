@@ -170,7 +170,9 @@ def test_every_row_of_blocks_is_known(family: ModelFamily) -> None:
     blocks = family.blocks_of(denoiser)
     rows = {name for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
     if family.components["denoiser"] == "unet":
-        rows = {name.partition(".attn")[0] for name, _ in denoiser.named_modules() if name.endswith((".attn1", ".attn2"))}
+        rows = {
+            name.partition(".attn")[0] for name, _ in denoiser.named_modules() if name.endswith((".attn1", ".attn2"))
+        }
     assert rows
     assert {row for row in rows if not any(name == row or name.startswith(f"{row}.") for name in blocks)} == set()
 

@@ -1,5 +1,5 @@
-"""What Sana has and others have not: an instruction that is read and left out, prompts in lower case, cross-attention in
-a transformer, an autoencoder without variance.
+"""What Sana has and others have not: an instruction that is read and left out, prompts in lower case, an autoencoder
+without variance.
 """
 
 from __future__ import annotations
@@ -75,13 +75,9 @@ def test_masked_tokens_change_nothing(folder: Path) -> None:
 def test_prompts_and_words_are_in_lower_case(folder: Path) -> None:
     family = load(folder)
     assert torch.equal(family.encode_prompt(["A Star "]).tokens, family.encode_prompt(["a star"]).tokens)
-    for word, fails in (("<Zib>", True), ("<zib>", False)):
-        words = {"kind": "embedding", "tokens": [{"token": word, "initializer": "star", "vectors": 2}]}
-        if fails:
-            with pytest.raises(UserError, match="'<Zib>' would never be read: .*; write '<zib>'"):
-                attach(EmbeddingConfig.model_validate(words), load(folder), seed=0)
-        else:
-            attach(EmbeddingConfig.model_validate(words), family, seed=0)
+    words = {"kind": "embedding", "tokens": [{"token": "<Zib>", "initializer": "star"}]}
+    with pytest.raises(UserError, match=r"'<Zib>' would never be read: .*; write '<zib>'"):
+        attach(EmbeddingConfig.model_validate(words), family, seed=0)
 
 
 def test_pictures_are_latents_without_variance(folder: Path) -> None:
