@@ -203,6 +203,8 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
+    if plugin:
+        plugin.dschf = None  # by which transformers would load networks in pieces, and those of the report too
     torch.set_num_threads(threads)  # accelerate sets its own number while it starts
     processes = Processes(accelerator, threads, train.mixed_precision)
     atexit.register(_leave)

@@ -106,6 +106,8 @@ def _settings_file(path: Path) -> Path:
         settings = json.loads(found.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{found}: is no JSON: {error}") from None
+    if not isinstance(settings, dict) or "stage" not in settings.get("zero_optimization", {}):
+        raise UserError(f"{found}: there is no zero_optimization.stage in it")
     for key, ours in _RECIPES.items():
         if settings.get(key, "auto") != "auto":
             raise UserError(f"{found}: {key} is the recipe's to say, as {ours}; take it out, or write \"auto\"")
