@@ -143,19 +143,20 @@ class Batch:
         prompts = [prompt.lengths for prompt in (self.prompt, self.class_prompt) if prompt]
         differing = [sizes for sizes in (self.sizes, *prompts) if sizes is not None]
         if not differing:
-            return each(self) + self._idle(each, self, 1)
+            return self._in_step(each, each(self), self, 1)
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, size in enumerate(zip(*differing, strict=True)):
             groups.setdefault(size, []).append(place)
         parts = [self._of(places) for places in groups.values()]
         rows = torch.cat([each(part) for part in parts])
         order = torch.tensor([place for places in groups.values() for place in places], device=rows.device)
-        return rows[order.argsort()] + self._idle(each, parts[0], len(parts))
+        return self._in_step(each, rows[order.argsort()], parts[0], len(parts))
 
-    def _idle(self, each: Callable[[Batch], Tensor], again: Batch, done: int) -> Tensor | float:
-        """Zero, from as many more passes as other processes make in this batch."""
-        more = self.agree(done) - done if self.agree else 0
-        return sum((0.0 * each(again).sum() for _ in range(more)), start=0.0)
+    def _in_step(self, each: Callable[[Batch], Tensor], rows: Tensor, again: Batch, done: int) -> Tensor:
+        """``rows``, after as many more passes over ``again`` as other processes make."""
+        for _ in range(self.agree(done) - done if self.agree else 0):
+            rows = rows + 0.0 * each(again).sum()  # part of the loss, so that the backward pass is as long too
+        return rows
 
     def _of(self, places: Sequence[int]) -> Batch:
         """The samples at ``places``, all of one size."""

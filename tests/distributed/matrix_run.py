@@ -1,7 +1,7 @@
-"""Run several recipes one after the other in the same processes and write down what each saw; for test_zero.py.
+"""Run several recipes one after the other in the same processes and write down what each saw; for test_profiles.py.
 
 ``python matrix_run.py CELLS.json``: ``{name: recipe}``. Beside each run's output folder comes ``<name>.<rank>.json``
-with the sample ids and draws of every forward pass.
+with the step of every forward pass, in how many sizes its pictures are, their ids and draws.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ plain = Trainer.update
 
 
 def noting(trainer: Trainer, batch: Batch) -> Any:
-    seen.append([trainer.step, *zip(batch.ids, batch.draws, strict=True)])
+    sizes = len(set(batch.sizes)) if batch.sizes else 1
+    seen.append([trainer.step, sizes, *zip(batch.ids, batch.draws, strict=True)])
     return plain(trainer, batch)
 
 
