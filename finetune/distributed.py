@@ -1,6 +1,7 @@
 """Processes and devices: how a run begins on however many there are.
 
-Everything else asks a ``Processes`` (who am I, do all agree, run this once) or its ``Engine`` (forward, backward, step).
+Everything else asks a ``Processes`` (who am I, do all agree, run this once) or its ``Engine`` (forward, backward,
+step).
 """
 
 from __future__ import annotations

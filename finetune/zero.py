@@ -110,7 +110,7 @@ def _settings_file(path: Path) -> Path:
         raise UserError(f"{found}: there is no zero_optimization.stage in it")
     for key, ours in _RECIPES.items():
         if settings.get(key, "auto") != "auto":
-            raise UserError(f"{found}: {key} is the recipe's to say, as {ours}; take it out, or write \"auto\"")
+            raise UserError(f'{found}: {key} is the recipe\'s to say, as {ours}; take it out, or write "auto"')
     return found.resolve()
 
 
@@ -165,25 +165,31 @@ class Zero:
 
     @property
     def boundary(self) -> bool:
+        """Whether this is the last micro-step of the update."""
         return self._done == self._steps
 
     @property
     def optimizer(self) -> Optimizer:
+        """As it was given; its parameters are this process's stretches by now."""
         return self._plain
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
+        """Count one micro-step."""
         self._done = self._done % self._steps + 1
         yield
 
     def forward(self, *inputs: Any) -> Any:
+        """Call the module through DeepSpeed, told whether an accumulation ends."""
         self._engine.set_gradient_accumulation_boundary(self.boundary)
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
+        """Add gradients; DeepSpeed divides them and sends each to its process."""
         self._engine.backward(loss)
 
     def rest(self, groups: frozenset[str]) -> None:
+        """Empty the gradients of these groups and let the next step pass over them."""
         self._resting = groups
         for name, pieces in self._gradients():
             if name in groups:
@@ -191,6 +197,7 @@ class Zero:
                     piece.zero_()  # they have no part in the norm
 
     def reached(self, parameters: Sequence[nn.Parameter]) -> list[Reached]:
+        """What came of each on some process."""
         from deepspeed.utils import safe_get_full_grad
 
         came = torch.tensor([parameter in self._arrived for parameter in parameters], dtype=torch.int32)
@@ -201,6 +208,7 @@ class Zero:
         return [(Reached.MOVED if moved else Reached.ZERO) if count else Reached.NOT for count, moved in found]
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float, max_value: float | None = None) -> Tensor:
+        """Clip what each process has of the gradients, by the norm of all of them."""
         pieces = [piece for _, group in self._gradients() for piece in group]
         total = torch.zeros((), device=self._engine.device)
         for piece in pieces:
@@ -216,6 +224,11 @@ class Zero:
         return norm
 
     def step(self) -> None:
+        """Move the weights.
+
+        Raises:
+            GuardError: DeepSpeed has left the step out.
+        """
         self._engine.step()
         self._arrived.clear()
         if self.sharded:  # its buffers would give what no gradient reaches that of the step before
@@ -225,6 +238,7 @@ class Zero:
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter], change: bool = False) -> Iterator[None]:
+        """Gather ``parameters``; what was changed goes into the optimizer's copies too."""
         with self._gathered(parameters, change):
             yield
             values = {parameter: parameter.detach().clone() for parameter in parameters} if change else {}
@@ -243,6 +257,7 @@ class Zero:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
+        """Gather all networks for as long as it lasts."""
         if not self.sharded:
             yield
             return
@@ -252,6 +267,7 @@ class Zero:
             yield
 
     def release(self) -> None:
+        """Take DeepSpeed's hooks off and leave all weights whole on every process."""
         if not self.sharded:
             return
         self._zero.parameter_offload.destroy()  # its hooks, which gather weights and deal them out again
@@ -261,11 +277,17 @@ class Zero:
             parameter.data = whole
 
     def memory(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """Collect what each process remembers of ``parameter``."""
         flat = self._flat_of(parameter)
         held = self._plain.state.get(flat, {})
         return {what: self._remembered(parameter, flat, value) for what, value in held.items()}
 
     def remember(self, memories: Memories) -> None:
+        """Deal ``memories`` out to the processes' stretches.
+
+        Raises:
+            UserError: weights of a group have moved unequally often.
+        """
         counts: dict[int, set[float | None]] = {}
         for parameter, number in self._group_of.items():
             memory = memories.get(parameter, {})
@@ -280,14 +302,16 @@ class Zero:
                     state[what] = value.to(home) if isinstance(value, Tensor) else value
         if uneven := [self._names[number] for number, found in counts.items() if len(found) > 1]:
             raise UserError(
-                f"the optimizer has moved weights of the group {uneven[0]!r} unequally often, and ZeRO counts the steps "
-                "of a group as a whole: continue this run with ddp or one process"
+                f"the optimizer has moved weights of the group {uneven[0]!r} unequally often, and ZeRO counts the "
+                "steps of a group as a whole: continue this run with ddp or one process"
             )
 
     def scaler_state(self) -> dict[str, float]:
+        """Empty: there is no float16 here."""
         return {}
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
+        """Nothing to put back."""
         return
 
     def _remembered(self, parameter: nn.Parameter, flat: Tensor, value: Any) -> Any:
@@ -315,7 +339,7 @@ class Zero:
         self._left.clear()
 
     def _flats(self) -> Sequence[nn.Parameter]:
-        """This process's stretches: one for each group, and in stage 3 for each part of it that moves at a time."""
+        """Stretches of this process: one for each group, and in stage 3 for each part of it that moves at a time."""
         found: Sequence[nn.Parameter] = (
             self._zero.fp32_partitioned_groups_flat if self.sharded else self._zero.single_partition_of_fp32_groups
         )

@@ -357,4 +357,3 @@ class Trainer:
     def _samples_per_step(self) -> int:
         train = self.recipe.train
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
-

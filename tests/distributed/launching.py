@@ -30,8 +30,8 @@ def alone(script: Path, *arguments: str) -> str:
 def profile(name: str, folder: Path) -> list[str]:
     """Options for the launch profile ``name``.
 
-    Under ZeRO-3 a copy in ``folder`` that deals out even the smallest weights: those of toys are all below the size from
-    which the shipped one does.
+    Under ZeRO-3 a copy in ``folder`` that deals out even the smallest weights: those of toys are all below the size
+    from which the shipped one does.
     """
     if not name.startswith("zero3"):
         return ["--config_file", str(PROFILES / f"{name}.yaml")]
