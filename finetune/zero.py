@@ -350,7 +350,9 @@ class Zero:
         for number, flat in enumerate(self._flats()):
             group = self._zero.sub_group_to_group_id[number] if self.sharded else number
             averaged = self._zero.averaged_gradients.get(number)
-            yield self._names[group], [flat.grad] if averaged is None else averaged  # on the host they lie there
+            if averaged is None:  # on the host they lie in the stretch itself
+                averaged = [] if flat.grad is None else [flat.grad]
+            yield self._names[group], averaged
 
     def _flat_of(self, parameter: nn.Parameter) -> nn.Parameter:
         if self.sharded:

@@ -219,7 +219,9 @@ def stop_at(step: int, path: Path, output: Path) -> None:
 
 
 def toys_equal(one: Path, other: Path) -> None:
-    assert losses(one) == [pytest.approx(row, abs=1e-6) for row in losses(other)]
+    """The toy's parts of the loss are sums over what one process sees: its whole loss is what can be compared."""
+    first, second = ([row["loss"] for row in losses(path)] for path in (one, other))
+    assert first == pytest.approx(second, abs=1e-6)
     ours, theirs = (load_file(path / "adapters" / "toy.safetensors") for path in (one, other))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
