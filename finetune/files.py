@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         _sort_metadata(temporary)
 
 
+def stream_tensors(
+    path: Path, blanks: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """As ``write_tensors``, with one tensor in memory at a time: what the library cannot do.
+
+    Args:
+        blanks: a tensor of every name with its dtype and shape, most easily on the meta device.
+        read: gives the tensor of a name.
+    """
+    names = sorted(blanks, key=lambda name: (-blanks[name].element_size(), name))  # so that all stay aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
+    for name in names:
+        blank, start = blanks[name], end
+        end += blank.numel() * blank.element_size()
+        header[name] = {"dtype": _dtype(blank), "shape": list(blank.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded = encoded.ljust(-(-len(encoded) // 8) * 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            tensor = read(name).detach().cpu()
+            if (tensor.dtype, tensor.shape) != (blanks[name].dtype, blanks[name].shape):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not what was promised")
+            file.write(_bytes(tensor))
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
@@ -102,6 +129,18 @@ def remove_partial(folder: Path) -> None:
     for leftover in folder.iterdir():
         if leftover.name.startswith(PARTIAL):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _dtype(tensor: Tensor) -> str:
+    """What the format calls a floating-point dtype: F32, BF16."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name.replace("bfloat", "BF").replace("float", "F")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _sort_metadata(path: Path) -> None:

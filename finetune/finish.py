@@ -230,10 +230,10 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
     if base == "tinyworld":
         loading = "from finetune.tinyworld import BASE\n\npipeline = StableDiffusionPipeline.from_pretrained(BASE)"
     else:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({base!r})"
+        loading = f"\npipeline = StableDiffusionPipeline.{_from(base)}({base!r})"
     used = pieces(path.parent)
     if used[0].whole:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({str(used[0].path)!r})"
+        loading = f"\npipeline = StableDiffusionPipeline.{_from(used[0].path)}({str(used[0].path)!r})"
     lines = [_loading(one) for one in used if not one.whole]
     own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
     loading = "\n".join([own + loading, *lines])
@@ -248,6 +248,11 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
+
+
+def _from(model: str | Path) -> str:
+    """The method of diffusers' pipelines that loads it."""
+    return "from_single_file" if Path(model).is_file() else "from_pretrained"
 
 
 def _loading(one: Identity) -> str:

@@ -23,11 +23,19 @@ class ModelConfig(Section):
     """The base model."""
 
     path: Text = "tinyworld"
-    """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
+    """A diffusers folder, a single-file checkpoint (`.safetensors`), a hub name, or `tinyworld`, the small model that
+    is shipped with the toolkit."""
     family: Text | None = None
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None
     """Commit or tag of a hub model."""
+    like: Text | None = None
+    """Of a single file: a diffusers folder or hub name whose settings, scheduler and tokenizers belong to it; those of
+    the published model, with CLIP's tokenizer out of the hub's local cache, where it is not set."""
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """Of a single file: what it predicts, where it does not say so itself."""
+    cache: Text = ".cache/finetune"
+    """Of a single file: where it is kept as a diffusers folder. May be shared by runs and removed at any time."""
     prompt_chunks: PositiveInt = 1
     """How many times the text encoder's 77 tokens a prompt may fill, in training and in pictures; it takes as many as
     it needs. 1 cuts what is longer."""
@@ -270,7 +278,10 @@ class ExportConfig(Section):
     """What is written at the end. Every file is loaded again and compared before the run counts as done."""
 
     formats: (
-        Annotated[list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle"]], Field(min_length=1)] | None
+        Annotated[
+            list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle", "single-file"]], Field(min_length=1)
+        ]
+        | None
     ) = None
     """Layouts of the files; all that the method has where it is not set: docs/formats.md."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.config.origin import EMBEDDED
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.export.metadata import OWN, sampling
 from finetune.export.read import Identity
 from finetune.family import ModelFamily
+
+INDEX = "model_index.json"
 
 
 def load_base(found: Identity, base: str | None = None, prompt_chunks: int | None = None) -> ModelFamily:
@@ -14,7 +21,7 @@ def load_base(found: Identity, base: str | None = None, prompt_chunks: int | Non
 
     Args:
         base: as in a recipe's ``model.path``; what the file says where it is not given.
-        prompt_chunks: as in a recipe's ``model``; what the file says where it is not given, and 1 of a whole model,
+        prompt_chunks: as in a recipe's ``model``; what the file says where it is not given, and 1 of a model folder,
             which does not say it.
 
     Raises:
@@ -22,15 +29,30 @@ def load_base(found: Identity, base: str | None = None, prompt_chunks: int | Non
     """
     from finetune.families import load_family
 
+    chunks = prompt_chunks or found.prompt_chunks
     if found.whole:
         if base is not None:
             raise UserError(f"{found.path} is a whole model and needs no base; {base!r} would not be used")
-        return load_family(ModelConfig(path=str(found.path), prompt_chunks=prompt_chunks or 1))
+        return load_family(ModelConfig(path=str(found.path), prompt_chunks=chunks))
     path = base or found.base
     if not path:
         raise UserError(f"{found.path} does not say which base model it belongs to; name it with --base")
-    revision = None if base else found.metadata.get(f"{OWN}revision")
-    chunks = prompt_chunks or found.prompt_chunks
-    family = load_family(ModelConfig(path=path, revision=revision, prompt_chunks=chunks))
+    family = load_family(ModelConfig(path=path, prompt_chunks=chunks, **_settings(found, path)))
     family.sampling = sampling(found.metadata)
     return family
+
+
+def _settings(found: Identity, path: str) -> Mapping[str, Any]:
+    """What else the file says of the base ``path``, if that is the one it was trained on.
+
+    A single file in its place takes settings and tokenizers of the one it was trained on: the two are of one kind, or
+    the adapter does not fit.
+    """
+    said = found.metadata
+    revision, like, prediction = (said.get(f"{OWN}{key}") for key in ("revision", "like", "base_prediction"))
+    if path == found.base:
+        return {"revision": revision, **({"like": like, "prediction": prediction} if Path(path).is_file() else {})}
+    if not Path(path).is_file():
+        return {}
+    near = (name for name in (like, found.base) if name and (name == EMBEDDED or (Path(name) / INDEX).is_file()))
+    return {"like": next(near, None)}

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune.adapter import Weights
-from finetune.errors import GuardError, UserError
-from finetune.export.layers import check
+from finetune.errors import UserError
+from finetune.export.overlay import Overlay
 from finetune.family import ExportNames
 from finetune.files import replacing_folder, write_json, write_tensors
 
@@ -49,9 +49,7 @@ def write_model(
             from the base.
         UserError: a component of the base has no safetensors.
     """
-    check(weights.tensors)
-    trained = dict(weights.tensors)
-    changed = False
+    overlay = Overlay(weights, dtype)
     with replacing_folder(path) as folder:
         for card in _CARDS:
             if (base / card).is_file():
@@ -62,24 +60,16 @@ def write_model(
             level = names[network].missing_level if network else ""
             _copy_settings(base / component, folder / component, dtype)
             for file in weight_files(base / component):
-                tensors = {level + key.removeprefix(level): value for key, value in _tensors(file)}
-                for key in tensors if network else ():
-                    canonical = f"{network}.{key.removeprefix(level)}"
-                    if canonical in trained:
-                        new = _fitting(canonical, trained.pop(canonical), tensors[key])
-                        changed = changed or not torch.equal(_cast(new, dtype), _cast(tensors[key], dtype))
-                        tensors[key] = new
-                write_tensors(
-                    folder / component / file.name, {key: _cast(value, dtype) for key, value in tensors.items()}
-                )
+                tensors = {}
+                for key, value in _tensors(file):
+                    short = key.removeprefix(level)
+                    tensors[level + short] = overlay.over(f"{network or component}.{short}", value)
+                write_tensors(folder / component / file.name, tensors)
             if level:
                 _prefix_index(folder / component, level)
         if scheduler is not None:
             scheduler.save_pretrained(folder / "scheduler")
-        if trained:
-            raise GuardError(f"{len(trained)} trained tensors have no place in {base}, for example {min(trained)}")
-        if not changed:
-            raise GuardError("nothing was learned: every trained weight equals the base model's")
+        overlay.finish(base)
     return path
 
 
@@ -140,16 +130,6 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(file, framework="pt") as opened:
         for key in sorted(opened.keys()):
             yield key, opened.get_tensor(key)
-
-
-def _fitting(name: str, new: Tensor, old: Tensor) -> Tensor:
-    if new.shape != old.shape:
-        raise GuardError(f"{name} is {list(new.shape)}, but {list(old.shape)} in the base model")
-    return new
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _copy_settings(source: Path, target: Path, dtype: torch.dtype) -> None:

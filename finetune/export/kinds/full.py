@@ -1,4 +1,4 @@
-"""Whole weights: diffusers folders of the whole model, and files of the trained weights alone (layout delta)."""
+"""Whole weights: the whole model as a diffusers folder or a single file, and the trained weights alone (layout delta)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from finetune.adapter import Weights
 from finetune.config.adapters import FullConfig, PivotalConfig
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.export import check_delta, check_model
+from finetune.export import check_delta, check_model, check_single_file
 from finetune.export.base import load_base
 from finetune.export.checks import Report
 from finetune.export.delta import DELTA, load_delta, write_delta
 from finetune.export.full import write_model
 from finetune.export.kinds import Contents
 from finetune.export.metadata import OWN, describe
-from finetune.export.read import DELTA_FILE, MODEL, Identity
+from finetune.export.read import DELTA_FILE, MODEL, SINGLE, Identity
+from finetune.export.single_file import IMPLEMENTATION, architecture, write_single_file
 from finetune.family import ModelFamily
 
-LAYOUTS = (MODEL, DELTA)
-_FORMATS = {"diffusers": MODEL, DELTA: DELTA}  # what a recipe calls them
+LAYOUTS = (MODEL, SINGLE, DELTA)
+_FORMATS = {"diffusers": MODEL, SINGLE: SINGLE, DELTA: DELTA}  # what a recipe calls them
+_KEYS = ("model.diffusion_model.", "first_stage_model.")
 
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
-    """``model/``, the base's folder with the trained weights put in; ``delta.safetensors``, these weights alone."""
+    """``model/``, the base's folder with the trained weights put in, or ``<run>.safetensors``, the same in one file;
+    ``delta.safetensors``, the trained weights alone.
+    """
     from finetune.families import model_folder
 
     dtype, base, names = getattr(torch, recipe.export.dtype), model_folder(recipe.model), family.export_names
@@ -37,8 +41,15 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
         if layout == MODEL:
             scheduler = family.scheduler() if family.sampling else None
             written.append(write_model(weights, base, path, names, dtype, scheduler))
+            continue
+        header = _header(layout, weights, family, recipe)
+        if layout == SINGLE:
+            spec = {"architecture": architecture(base, family.objective.prediction), "implementation": IMPLEMENTATION}
+            header |= {f"modelspec.{key}": value for key, value in spec.items()}
+            settings = family.scheduler().config
+            written.append(write_single_file(weights, base, path, names, dtype, header, settings))
         else:
-            written.append(write_delta(weights, base, path, names, dtype, _header(weights, family, recipe)))
+            written.append(write_delta(weights, base, path, names, dtype, header))
     return written
 
 
@@ -53,12 +64,15 @@ def layouts(recipe: Recipe) -> tuple[str, ...]:
 
 def file_names(recipe: Recipe) -> dict[str, str]:
     """What the folder and the file of a recipe are called, by layout."""
-    return {layout: MODEL if layout == MODEL else DELTA_FILE for layout in layouts(recipe)}
+    names = {MODEL: MODEL, SINGLE: f"{Path(recipe.output).absolute().name}.safetensors", DELTA: DELTA_FILE}
+    return {layout: names[layout] for layout in layouts(recipe)}
 
 
 def recognise(contents: Contents) -> str | None:
-    """Deltas by their header; whole models are folders, which no header tells of."""
+    """Single files by their keys, deltas by their header."""
     said = contents.metadata
+    if all(any(key.startswith(begin) for key in contents.keys) for begin in _KEYS):
+        return SINGLE
     return DELTA if (said.get(f"{OWN}kind"), said.get(f"{OWN}layout")) == ("full", DELTA) else None
 
 
@@ -68,8 +82,10 @@ def readers(layout: str) -> tuple[str, ...]:
 
 
 def check(report: Report, found: Identity, base: str | None, against: Sequence[str], weights: Weights | None) -> None:
-    """See ``finetune.export.check_model`` and ``check_delta``."""
-    if found.whole:
+    """See ``finetune.export.check_model``, ``check_single_file`` and ``check_delta``."""
+    if found.layout == SINGLE:
+        check_single_file.check_file(report, found.path, base, weights)
+    elif found.whole:
         check_model.check_folder(report, found.path, weights)
     else:
         check_delta.check_file(report, found, load_base(found, base), against, weights)
@@ -87,8 +103,8 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
         raise UserError(f"{found.path} is a whole model; strength {strength:g} is for adapter files")
 
 
-def _header(weights: Weights, family: ModelFamily, recipe: Recipe) -> dict[str, str]:
-    header = describe(DELTA, (), weights.settings, family, recipe)
+def _header(layout: str, weights: Weights, family: ModelFamily, recipe: Recipe) -> dict[str, str]:
+    header = describe(layout, (), weights.settings, family, recipe)
     architecture = header["modelspec.architecture"].removesuffix("/lora") + "/delta"
     count = str(len(weights.tensors))
     return header | {f"{OWN}kind": "full", f"{OWN}layers": count, "modelspec.architecture": architecture}
