@@ -137,10 +137,10 @@ def _dtype(tensor: Tensor) -> str:
     return name.replace("bfloat", "BF").replace("float", "F")
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> Any:
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sort_metadata(path: Path) -> None:

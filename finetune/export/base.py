@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.config.origin import EMBEDDED
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.export.metadata import OWN, sampling
@@ -48,6 +47,8 @@ def _settings(found: Identity, path: str) -> Mapping[str, Any]:
     A single file in its place takes settings and tokenizers of the one it was trained on: the two are of one kind, or
     the adapter does not fit.
     """
+    from finetune.families import EMBEDDED
+
     said = found.metadata
     revision, like, prediction = (said.get(f"{OWN}{key}") for key in ("revision", "like", "base_prediction"))
     if path == found.base:

@@ -1,4 +1,4 @@
-"""Whole weights: the whole model as a diffusers folder or a single file, and the trained weights alone (layout delta)."""
+"""Whole weights: whole models as diffusers folders or single files, and the trained weights alone (layout delta)."""
 
 from __future__ import annotations
 

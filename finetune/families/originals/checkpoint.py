@@ -150,14 +150,11 @@ def _stranger(tensors: Mapping[str, Stored]) -> str:
 
 
 def _beside(settings: Path) -> Prediction | None:
-    """What the original code's settings say, where they are there."""
-    if not settings.is_file():
-        return None
+    """What the original code's settings say; None where there are none, or the file is about something else."""
     try:
-        found = yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]["params"]
-        said = found.get("parameterization", "eps")
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{settings}: lies beside a model and has no model.params, from which to read how") from error
+        said = yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]["params"].get("parameterization", "eps")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        return None
     if said not in _PREDICTIONS:
         raise UserError(f"{settings}: model.params.parameterization is {said!r}; expected v or eps")
     return _PREDICTIONS[said]

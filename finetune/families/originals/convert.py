@@ -109,10 +109,9 @@ def places(checkpoint: Checkpoint, beside: Template, part: Part) -> Mapping[str,
             raise UserError(
                 f"{where}: {place.key!r} makes a weight of {list(shape)}; expected {list(wanted)}; {_advice(beside)}"
             )
-    keys = {place.key for place in found.values()}
-    if layout.components[part.subfolder].prefix == _UNET:
-        if more := sorted(key for key in tensors if key.startswith(_UNET) and key not in keys):
-            raise UserError(f"{where} has {len(more)} tensors too many, for example {more[0]!r}; {_advice(beside)}")
+    own = {key for key in tensors if key.startswith(_UNET)} if part.subfolder == "unet" else set()
+    if more := sorted(own - {place.key for place in found.values()}):
+        raise UserError(f"{where} has {len(more)} tensors too many, for example {more[0]!r}; {_advice(beside)}")
     return found
 
 

@@ -25,7 +25,7 @@ class Component:
     place: PlaceOf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A single file of one architecture.
 

@@ -42,7 +42,7 @@ class Place:
 
 
 PlaceOf = Callable[[str, Settings], Place | None]
-"""A weight's name in diffusers' file -> its place among the network's own; None where the original has no such weight."""
+"""A weight's name in diffusers' file -> its place behind the network's prefix; None where the original has none."""
 
 
 def fill(pieces: Sequence[tuple[Place, Tensor]]) -> Tensor:
@@ -51,9 +51,9 @@ def fill(pieces: Sequence[tuple[Place, Tensor]]) -> Tensor:
     Raises:
         ValueError: of three thirds not each is there.
     """
-    thirds = {place.third: weight for place, weight in pieces}
-    if None not in thirds:
-        if sorted(thirds) != [0, 1, 2]:  # type: ignore[type-var]
+    thirds = {place.third: weight for place, weight in pieces if place.third is not None}
+    if thirds:
+        if sorted(thirds) != [0, 1, 2]:
             raise ValueError(f"{pieces[0][0].key} is made of three weights; there are only {sorted(thirds)}")
         return torch.cat([thirds[0], thirds[1], thirds[2]])
     ((place, weight),) = pieces

@@ -129,9 +129,9 @@ _SD = {
 _UNCHECKED = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 
 
-def documents(layout: Layout, prediction: str) -> dict[str, Mapping[str, Any]]:
+def documents(layout: Layout, prediction: str) -> Documents:
     """Of the published model whose files have ``layout``; of SD 2 that for the sizes of ``prediction``."""
-    return dict(_DOCUMENTS[layout.name]) | (_sizes(prediction) if layout is SD2 else {})
+    return {**_DOCUMENTS[layout.name], **(_sizes(prediction) if layout is SD2 else {})}
 
 
 def _sizes(prediction: str) -> Documents:

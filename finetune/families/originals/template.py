@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.origin import EMBEDDED
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
-from finetune.families import families, model_folder
+from finetune.families import EMBEDDED, families, model_folder
 from finetune.families.folder import Part, read_json
 from finetune.families.originals import published
 from finetune.families.originals.checkpoint import Checkpoint
