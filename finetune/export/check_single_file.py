@@ -101,7 +101,7 @@ def _same(held: Held, weights: Weights) -> str:
 
 @contextmanager
 def _loaded(report: Report, checkpoint: Checkpoint, beside: Template) -> Iterator[Mapping[str, nn.Module] | None]:
-    """The networks as ``from_single_file`` of diffusers' pipeline loads them, in float32."""
+    """The networks as ``from_single_file`` of diffusers' pipeline loads them, in the file's dtype."""
     import diffusers
 
     pipeline = getattr(diffusers, checkpoint.layout.pipeline)
@@ -110,7 +110,7 @@ def _loaded(report: Report, checkpoint: Checkpoint, beside: Template) -> Iterato
         beside.write(folder)
         with quiet():
             loaded = pipeline.from_single_file(
-                str(checkpoint.path), config=str(folder), local_files_only=True, torch_dtype=torch.float32
+                str(checkpoint.path), config=str(folder), local_files_only=True, torch_dtype=checkpoint.dtype
             )
         parts = families()[checkpoint.layout.family].parts
         return {name: getattr(loaded, part.subfolder) for name, part in parts.items()}

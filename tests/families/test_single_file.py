@@ -222,6 +222,18 @@ def test_a_file_of_ours_knows_its_base(tiny_sd: Path, single_file: SingleFile, b
         base(single_file(tiny_sd, name="moved.safetensors", finetune__base="/nowhere/model"))
 
 
+def test_a_file_that_was_trained_from_a_file_finds_the_first_ones_base(
+    tiny_sd: Path, single_file: SingleFile, base: Callable[..., Any], tmp_path: Path
+) -> None:
+    single_file(tiny_sd, name="one.safetensors", finetune__like=str(tiny_sd))
+    last = single_file(tiny_sd, name="two.safetensors", finetune__base=str(tmp_path / "one.safetensors"))
+    assert base(last).tokenizer.get_vocab() == build().get_vocab()
+    circle = {"finetune__base": str(tmp_path / "two.safetensors")}
+    single_file(tiny_sd, name="one.safetensors", **circle)
+    with pytest.raises(UserError, match=r"model\.like is missing"):
+        base(last)
+
+
 # what is predicted
 
 

@@ -76,6 +76,12 @@ class Checkpoint:
         return _beside(self.path.with_suffix(".yaml"))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its tensors; float32 where they have several."""
+        found = {_DTYPES[one.dtype] for one in self.tensors.values() if one.dtype in _DTYPES and 0 not in one.shape}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    @property
     def zero_terminal_snr(self) -> bool:
         """Whether the first step of drawing is from pure noise."""
         return ZERO_SNR_KEY in self.tensors

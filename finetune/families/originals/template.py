@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.families import EMBEDDED, families, model_folder
 from finetune.families.folder import Part, read_json
 from finetune.families.originals import published
-from finetune.families.originals.checkpoint import Checkpoint
+from finetune.families.originals.checkpoint import Checkpoint, read_checkpoint
 from finetune.families.originals.layouts import SD2, Layout, layout_of
 from finetune.families.schedulers import with_settings
 from finetune.files import write_json
@@ -98,11 +98,25 @@ def _like(checkpoint: Checkpoint, config: ModelConfig) -> Path | None:
         if layout_of(folder) is not layout:
             raise UserError(f"model.like: {config.like} is another kind of model than {checkpoint.path}: {layout.name}")
         return folder
-    for said in (checkpoint.metadata.get("finetune.like"), checkpoint.metadata.get("finetune.base")):
-        if said == EMBEDDED or (said and (Path(said) / _INDEX).is_file()):
-            folder = model_folder(ModelConfig(path=said))
-            return folder if layout_of(folder) is layout else None
-    return None
+    origin = _origin(checkpoint)
+    return origin if origin and layout_of(origin) is layout else None
+
+
+def _origin(checkpoint: Checkpoint) -> Path | None:
+    """The folder on this machine that a file's header leads to, by way of the files between, each trained from the
+    next.
+    """
+    said, seen = checkpoint.metadata, {checkpoint.path.resolve()}
+    while True:
+        base = said.get("finetune.base", "")
+        for name in (said.get("finetune.like", ""), base):
+            if name == EMBEDDED or (name and (Path(name) / _INDEX).is_file()):
+                return model_folder(ModelConfig(path=name))
+        file = Path(base).resolve()
+        if not file.is_file() or file.suffix != ".safetensors" or file in seen:
+            return None
+        seen.add(file)
+        said = read_checkpoint(file).metadata
 
 
 def _settings(like: str, revision: str | None) -> Path:

@@ -1,0 +1,60 @@
+"""A checkpoint file in, a checkpoint file out, and the next run on that."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.config import read_recipe
+from finetune.config.schema import SamplerConfig
+from finetune.export import identify
+from finetune.export.sample import sample
+from finetune.families import load_family
+from finetune.plan import plan
+from recipes import dreambooth
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are drawn with are converted below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_file_is_planned_trained_resumed_reported_and_trained_on(
+    write_recipe: WriteRecipe, tiny_sd: Path, single_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = {"path": str(single_file(tiny_sd)), "like": str(tiny_sd), "cache": str(tmp_path / "cache")}
+    settings: dict[str, object] = {
+        "adapter": {"kind": "full"},
+        "prior": {"kind": "none"},
+        "train": {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "threads": 1},
+        "checkpoint": {"every": 2, "keep": 3},
+        "export": {"formats": ["single-file"]},
+        "report": {"per_prompt": 1, "sampler": {"steps": 2}},
+    }
+    path = write_recipe(model=model, **settings)
+    assert "adapters/run.safetensors" in plan(read_recipe(path)).output.files
+    dreambooth.main(read_recipe(path))
+    run = tmp_path / "run"
+    (file,) = (run / "adapters").iterdir()
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "from_single_file" in page and "from_pretrained" not in page
+    whole = file.read_bytes()
+
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    shutil.rmtree(run / "adapters")
+    dreambooth.main(read_recipe(path, [f"model.cache={tmp_path / 'elsewhere'}"]))
+    assert file.read_bytes() == whole
+
+    (picture,) = sample(run, ["a photo of zib star"], sampler=SamplerConfig(steps=2))
+    assert picture.size == (16, 16)
+    shutil.move(run, tmp_path / "first")
+    learned = tmp_path / "first" / "adapters" / file.name
+    dreambooth.main(read_recipe(write_recipe(model={"path": str(learned)}, **settings)))
+    assert identify(run).layout == "single-file"
+    assert load_family(read_recipe(path).model).source == str(learned)
