@@ -44,7 +44,8 @@ def fill(recipe: Recipe) -> dict[str, Any]:
     if not cache.latents and not cache.text:
         raise UserError("data.cache: latents and text are off, so there is nothing to fill")
     processes = start(recipe.train)
-    batches = encode_ahead(recipe, load_family(recipe.model), processes)
+    family = load_family(recipe.model, device=processes.device)
+    batches = encode_ahead(recipe, family, processes)
     counts = processes.gather_object(batches.counts)
     totals = {name: sum(each[name] for each in counts) for name in counts[0]}
     return batches.describe() | totals if processes.is_main else {}
@@ -83,5 +84,6 @@ def draw_class_images(recipe: Recipe) -> Sequence[Picture]:
     if recipe.prior.kind != "images":
         raise UserError(f"prior.kind is {recipe.prior.kind!r}; class images belong to 'images'")
     processes = start(recipe.train)
-    pictures = class_images(recipe, load_family(recipe.model), scan(recipe.data), processes)
+    family = load_family(recipe.model, device=processes.device)
+    pictures = class_images(recipe, family, scan(recipe.data), processes)
     return pictures if processes.is_main else []

@@ -8,18 +8,19 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from PIL import Image
 
 from data_tools.likeness import BLURRED, Look, alike, around, copies, look, sharpness
 from finetune.config import Recipe, read_recipe
 from finetune.config.adapters import new_words
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.data import decoding, wording
+from finetune.data.ahead import ahead, cores
 from finetune.data.entries import ENLARGED, Entry, Shape, shapes, subject_entries
+from finetune.data.facts import Known
 from finetune.data.sources import Concept, Picture, Survey, survey
 from finetune.errors import UserError, nearest
 
@@ -82,12 +83,15 @@ class Diagnosis:
         }
 
 
-def diagnose(source: Path, overrides: Sequence[str] = (), resolution: int = 512) -> Diagnosis:
+def diagnose(
+    source: Path, overrides: Sequence[str] = (), resolution: int = 512, workers: int | None = None
+) -> Diagnosis:
     """Look at a folder of pictures, or at all that a recipe names.
 
     Args:
         overrides: of the recipe.
         resolution: where a folder alone is looked at.
+        workers: threads that decode; as many as there are cores where it is not set.
 
     Raises:
         UserError: there is no such folder or recipe, or the recipe is wrong.
@@ -95,19 +99,21 @@ def diagnose(source: Path, overrides: Sequence[str] = (), resolution: int = 512)
     recipe = None if source.is_dir() else _recipe(source, overrides)
     data = recipe.data if recipe else DataConfig(concepts=[ConceptConfig(folder=str(source))], resolution=resolution)
     captioned = recipe is not None and recipe.adapter.kind != "aesthetic"  # which reads no captions
-    found = survey(data, captioned=captioned, words=new_words(recipe.adapter) if recipe else None)
+    found = survey(
+        data,
+        captioned=captioned,
+        words=new_words(recipe.adapter) if recipe else None,
+        known=None if recipe else Known(None),  # a folder alone has no cache
+        workers=workers,
+    )
     pictures = {picture.id: picture for concept in found.concepts for picture in concept.pictures}
     entries = list(itertools.chain.from_iterable(subject_entries(data, found.concepts)))
     findings = [Finding("refused", "refused", problem) for problem in found.problems]
     if recipe is not None and captioned:
         findings += _unfit(recipe, found, entries)
-    looks: list[Look] = []
-    sharp: dict[str, float] = {}
-    for name, picture in pictures.items():
-        image = _opened(picture)
-        looks.append(look(image))
-        sharp[name] = sharpness(image)
-    findings += _copies(list(pictures.values()), looks)
+    seen = dict(_seen(pictures.values(), workers or cores()))
+    sharp = {name: value for name, (_, value) in seen.items()}
+    findings += _copies(list(pictures.values()), [one for one, _ in seen.values()])
     findings += _blurred(pictures, sharp)
     findings += _sizes(entries)
     for concept in found.concepts:
@@ -176,8 +182,16 @@ def _blurred(pictures: Mapping[str, Picture], sharp: Mapping[str, float]) -> Ite
             yield Finding("doubtful", "blurred", f"{pictures[name].path.name} is {said}", (name,))
 
 
-def _opened(picture: Picture) -> Image.Image:
-    return decoding.rgb(decoding.decode(decoding.read(picture.path), picture.path))
+def _seen(pictures: Iterable[Picture], workers: int) -> Iterator[tuple[str, tuple[Look, float]]]:
+    """How each picture looks and how sharp it is, by its id."""
+    with ThreadPoolExecutor(workers) as pool:
+        for picture, seen in ahead(pool, _look, pictures, 8 * workers):
+            yield picture.id, seen.result()
+
+
+def _look(picture: Picture) -> tuple[Look, float]:
+    image = decoding.rgb(decoding.decode(decoding.read(picture.path), picture.path))
+    return look(image), sharpness(image)
 
 
 def _sizes(entries: Sequence[Entry]) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import finetune
+from finetune import cli_adapters as adapters
 from finetune import cli_data as data
 from finetune import cli_tinyworld as tinyworld
 from finetune.config.command import exit_codes
@@ -181,6 +182,23 @@ def verify(
     found.require()
 
 
+@app.command()
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An adapter of any trainer, or a run's folder.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say what an adapter is: method, layout, ranks, model, trigger words, and which tools load it. Needs no model."""
+    import dataclasses
+    import json
+
+    from finetune.export.inspect import inspect as look
+
+    found = look(file)
+    typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
+
+
 @app.command("merge-concepts")
 def merge_concepts(
     runs: Annotated[
@@ -249,6 +267,8 @@ def models() -> None:
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
+for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):
+    app.command()(verb)
 app.add_typer(
     data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."
 )

@@ -15,6 +15,7 @@ from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.objective import Objective
 from finetune.objectives import Process
+from finetune.originals import Places
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -53,8 +54,7 @@ class Vocabulary:
                 raise UserError(f"{token!r} is a word that the model knows; a new one is written like '<{word}>'")
         if mistaken := [known for known in self.words if known in word or word in known]:
             raise UserError(f"{word!r} cannot be told from {mistaken[0]!r}; neither may be part of the other")
-        self.tokenizer.add_tokens(tokens)
-        ids = self.tokenizer.convert_tokens_to_ids(tokens)
+        ids = add_tokens(self.tokenizer, tokens)
         if self.tokenizer(" ".join(tokens), add_special_tokens=False).input_ids != ids:
             raise UserError(f"{word!r} cannot be told from another word; choose one that no other is part of")
         self.words[word] = tokens
@@ -65,6 +65,19 @@ class Vocabulary:
         for word, tokens in self.words.items():
             caption = caption.replace(word, " ".join(tokens))
         return caption
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Make ``tokens`` known to a tokenizer, and return their ids.
+
+    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them.
+    """
+    from transformers import AddedToken
+
+    keeps = bool(tokenizer(" ", add_special_tokens=False).input_ids)
+    tokenizer.add_tokens([AddedToken(token, lstrip=keeps) for token in tokens])
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
+    return ids
 
 
 def pool_at_end(encoder: Any, tokenizer: Any) -> None:
@@ -118,10 +131,19 @@ class Sites:
     )
     unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Text encoders whose layers train where a recipe asks for it: those that the presets know."""
+        return tuple(name for name in next(iter(self.linears.values())) if name != "denoiser")
+
     def read(self, network: str, names: Iterable[str]) -> list[str]:
         """Those of a network's ``names`` that have a part in the denoiser's answer."""
         patterns = self.unread.get(network, ())
         return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+
+KOHYA = ("kohya", "difference", "bundle")
+"""Layouts whose keys are kohya's."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +152,46 @@ class ExportNames:
 
     Attributes:
         diffusers: component in diffusers' LoRA files ("unet", "text_encoder").
-        kohya: prefix in kohya's files ("lora_unet", "lora_te").
+        kohya: prefix in kohya's files ("lora_unet", "lora_te"), or "" where no layout of theirs is written for the
+            family.
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
+        places: where kohya's files have layers that they do not call as diffusers does, a table of
+            ``finetune.originals``; empty where the names are diffusers' own.
+        unread_by: tools that read no file of kohya's naming that is for this network, though they do for others.
     """
 
     diffusers: str
-    kohya: str
+    kohya: str = ""
     missing_level: str = ""
     words: str = ""
+    places: Places = field(default_factory=dict)
+    unread_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    """What headers of adapter files call the models that they are for, where a family's is one of the published sizes.
+
+    Attributes:
+        architecture: ModelSpec's: "stable-diffusion-xl-v1-base".
+        version: kohya's ``ss_base_model_version``: "sdxl_base_v1-0", or "".
+        shelf: under which A1111 and Forge list it: "SDXL".
+    """
+
+    architecture: str = "stable-diffusion-custom"
+    version: str = ""
+    shelf: str = "Other"
+
+
+def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
+    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them, and no
+    bundle where A1111, its only reader, has no such model.
+    """
+    called = names["denoiser"]
+    lacking = {*(() if called.kohya else KOHYA), *(("bundle",) if "a1111" in called.unread_by else ())}
+    return tuple(layout for layout in layouts if layout not in lacking)
 
 
 class ModelFamily(Protocol):
@@ -157,13 +209,16 @@ class ModelFamily(Protocol):
     sampling: Mapping[str, Any]  # settings of its pipeline's scheduler that training changes; set from the objective
     sites: Sites
     export_names: Mapping[str, ExportNames]  # network -> names
+    published: Published  # what files' headers call it
     text_encoders: Sequence[str]  # names of the networks that read prompts
+    components: Mapping[str, str]  # network -> its folder, which is also its name in diffusers' pipelines
     pixel_multiple: int  # image sides must divide by this
     latent_scale: int  # pixels per latent cell along a side
     latent_channels: int  # numbers per latent cell, as the autoencoder has them
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set
+    guidance: float | None  # what a guidance-distilled denoiser is told in training; None where it is told nothing
     prompt_chunks: int  # how often over a prompt may fill what a text encoder reads at a time; 1 unless it is set
 
     def require(self, *networks: str) -> None:
@@ -219,6 +274,10 @@ class ModelFamily(Protocol):
 
     def scheduler(self) -> Any:
         """A fresh copy of the model's scheduler of diffusers, with the settings of ``sampling``."""
+        ...
+
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+        """What its pipeline is told for classifier-free guidance of this ``scale`` with so many prompts; 1 is none."""
         ...
 
     def pipeline(self) -> DiffusionPipeline:

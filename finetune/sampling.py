@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,9 @@ def draw(
     with inference(family) as pipeline:
         if sampler.scheduler:
             pipeline.scheduler = change_scheduler(pipeline.scheduler, sampler.scheduler)
+        settings = arguments(family, pipeline, sampler)
         mine = {
-            index: one(pipeline, prompt, sampler, generator(seed, "sample", number, copy), resolution)
+            index: one(pipeline, prompt, settings, generator(seed, "sample", number, copy), resolution)
             for index, (prompt, number, copy) in enumerate(wanted)
             if index % world == rank
         }
@@ -56,12 +57,12 @@ def draw(
 
 
 def one(
-    pipeline: Any, prompt: str, sampler: SamplerConfig, rng: torch.Generator, resolution: int | None = None
+    pipeline: Any, prompt: str, settings: Mapping[str, Any], rng: torch.Generator, resolution: int | None = None
 ) -> Image.Image:
-    """One picture, drawn by diffusers' own pipeline."""
+    """One picture, drawn by diffusers' own pipeline; ``settings`` as of ``arguments``."""
     picture: Image.Image = pipeline(
-        prompt,
-        **arguments(sampler),
+        prompt=prompt,
+        **settings,
         generator=rng,
         height=resolution,
         width=resolution,
@@ -69,10 +70,16 @@ def one(
     return picture
 
 
-def arguments(sampler: SamplerConfig) -> dict[str, Any]:
-    """The settings as diffusers' pipelines call them."""
+def arguments(family: ModelFamily, pipeline: Any, sampler: SamplerConfig, prompts: int = 1) -> dict[str, Any]:
+    """The settings as the pipeline of ``family`` calls them, for so many prompts.
+
+    Raises:
+        UserError: it has no ``guidance_rescale``, and one is asked for.
+    """
     rescale = {"guidance_rescale": sampler.guidance_rescale} if sampler.guidance_rescale else {}
-    return {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance, **rescale}
+    if rescale and "guidance_rescale" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(f"guidance_rescale: {type(pipeline).__name__} has none; leave it at 0")
+    return {"num_inference_steps": sampler.steps, **family.guided(sampler.guidance, prompts), **rescale}
 
 
 @contextmanager

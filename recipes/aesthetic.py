@@ -17,7 +17,7 @@ from finetune.config.adapters import AestheticConfig
 from finetune.config.command import run
 from finetune.data import scan
 from finetune.data.images import whole
-from finetune.data.preparation import check_resolution
+from finetune.data.preparation import check_fit
 from finetune.data.sources import refuse_doubts
 from finetune.distributed import start
 from finetune.evaluation import Answers
@@ -35,7 +35,7 @@ def main(recipe: Recipe) -> None:
     processes = start(recipe.train)
     check_run(recipe, processes)
     family = load_family(recipe.model, device=processes.device)
-    check_resolution(recipe, family)
+    check_fit(recipe, family)
     concepts = scan(recipe.data, captioned=False)
     refuse_doubts(recipe.data, [note for concept in concepts for note in concept.notes])
     counts = [(one, concept.config.repeats * one.weight) for concept in concepts for one in concept.pictures]

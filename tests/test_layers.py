@@ -20,7 +20,8 @@ ALLOWED = {
     "files": set(),
     "batch": set(),
     "objective": {"randomness"},
-    "family": {"batch", "objective", "objectives", "errors"},
+    "originals": set(),
+    "family": {"batch", "objective", "objectives", "originals", "errors"},
     "adapter": set(),
     "objectives": {"objective", "config", "errors", "randomness"},
     "denoise": {"adapter", "batch", "family", "objective", "config"},
@@ -28,21 +29,29 @@ ALLOWED = {
     "tinyworld": BOTTOM,
     "launcher": {"errors"},
     "distributed": {"config", "launcher", *BOTTOM},
-    "families": {"batch", "family", "objective", "objectives", "config", "tinyworld", *BOTTOM},
+    "families": {"batch", "family", "objective", "objectives", "originals", "config", "tinyworld", *BOTTOM},
     "hypernet": BOTTOM,
     "adapters": {"adapter", "batch", "family", "hypernet", "config", *BOTTOM},
     "aesthetic": {"adapter", "family", *BOTTOM},
     "sampling": {"family", "config", "distributed", *BOTTOM},
     "data": {"batch", "family", "config", "sampling", "tinyworld", *BOTTOM},
     "train": {*BORDERS, "config", "distributed", "sampling", *BOTTOM},
-    "export": {*BORDERS, "aesthetic", "hypernet", "config", "families", "sampling", *BOTTOM},
+    "export": {*BORDERS, "aesthetic", "hypernet", "config", "families", "originals", "sampling", *BOTTOM},
     "evaluation": {"config", "tinyworld", *BOTTOM},
     # what puts the parts together
     "plan": {*BORDERS, "aesthetic", "config", "data", "families", "adapters", "train", "export", *BOTTOM},
     "finish": {*BORDERS, "config", "data", "families", "train", "export", "evaluation", "sampling", "distributed"},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }
-COMMANDS = {"cli", "cli_caption", "cli_data", "cli_masks", "cli_tinyworld", "__main__"}  # may name everything
+COMMANDS = {
+    "cli",
+    "cli_adapters",
+    "cli_caption",
+    "cli_data",
+    "cli_masks",
+    "cli_tinyworld",
+    "__main__",
+}  # may name everything
 TORCHLESS = {"errors", "config", *COMMANDS, "__init__"}
 FILES = sorted((ROOT / "finetune").rglob("*.py"))
 

@@ -137,10 +137,10 @@ class View:
 
     def _mask(self, path: Path, whole: Image.Image) -> Image.Image:
         concept = ConceptConfig(folder=str(path.parent), masks=self.masks)
-        found = masks.find_mask(path, decoding.inspect(path), concept, "caption")
-        if isinstance(found, Path):
-            return decoding.grey(decoding.decode(decoding.read(found), found))
-        return decoding.alpha(whole)
+        file, _ = masks.find_mask(path, decoding.inspect(path), concept, "caption") or (masks.ALPHA, None)
+        if isinstance(file, str):
+            return decoding.alpha(whole)
+        return decoding.grey(decoding.decode(decoding.read(file), file))
 
 
 def masked(image: Image.Image, mask: Image.Image, describe: Literal["subject", "background"]) -> Image.Image:

@@ -203,23 +203,29 @@ def _start(token: TokenConfig, tokenizer: Any, table: Tensor, seed: int, network
     if token.initializer is None:
         rng = generator(seed, "embedding", network, token.token)
         return torch.randn(token.vectors, table.shape[1], generator=rng).to(table.device) * table.std()
-    ids = [_known(word, token, tokenizer) for word in token.initializer.split()]
+    ids = [_known(word, token, tokenizer, network) for word in token.initializer.split()]
     if not ids:
         raise UserError(f"adapter.tokens: the initializer of {token.token!r} holds no word")
     return torch.stack([table[ids[place % len(ids)]] for place in range(token.vectors)])
 
 
-def _known(word: str, token: TokenConfig, tokenizer: Any) -> int:
-    ids = tokenizer(word, add_special_tokens=False).input_ids
+def _known(word: str, token: TokenConfig, tokenizer: Any, network: str) -> int:
+    # as it stands in a sentence: vocabularies that keep spaces know most words with the space before them
+    ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
     if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
-        pieces = " + ".join(piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids))
-        words = {name.removesuffix("</w>") for name in tokenizer.get_vocab() if name.endswith("</w>")}
+        pieces = " + ".join(_plain(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
+        words = {_plain(name) for name in tokenizer.get_vocab() if _plain(name) != name}
         close = nearest(word, (name for name in words if name[0] == word[0] and abs(len(name) - len(word)) < 3))
         raise UserError(
             f"adapter.tokens: the initializer of {token.token!r} must be of words that are one token each; {word!r} is "
-            f"{pieces or 'none'}{close if 'did you mean' in close else ''}"
+            f"{pieces or 'none'} to the {network}{close if 'did you mean' in close else ''}"
         )
     return int(ids[0])
+
+
+def _plain(piece: str) -> str:
+    """A piece of a vocabulary without the mark that says where its word ends (CLIP) or begins (T5, Qwen)."""
+    return piece.removesuffix("</w>").lstrip("▁Ġ") or piece
 
 
 def _as_text(value: Any) -> str:

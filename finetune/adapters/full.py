@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapter import Adapter, ParameterGroup, Weights
-from finetune.adapters.select import check_same, select
+from finetune.adapters.select import check_same, networks, select
 from finetune.config.adapters import FullConfig
 from finetune.errors import UserError
 from finetune.family import ModelFamily, Unsupported
@@ -41,18 +41,18 @@ class Full(Adapter):
         self.family = family
         self.parameters: dict[str, nn.Parameter] = {}
         self._original: dict[str, Tensor] | None = None
-        family.require("denoiser", *(family.text_encoders if config.text_encoder else []))
+        readers = _readers(family) if config.detach_start else None
+        denoiser, *text_encoders = trained = networks(family, config.text_encoder)
+        family.require(*trained)
         family.networks.requires_grad_(False)
-        self._select("denoiser", config.select)
-        if config.text_encoder:
+        self._select(denoiser, config.select)
+        for network in text_encoders:
             # patterns of one's own are about the denoiser
-            preset = config.select if config.select in family.sites.selections else "all"
-            for network in family.text_encoders:
-                self._select(network, preset)
+            self._select(network, config.select if config.select in family.sites.selections else "all")
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        if config.detach_start:
-            _detach_start(family)
+        if readers:
+            _detach_start(family, readers)
 
     def _select(self, network: str, wanted: str | list[str]) -> None:
         named = dict(self.family.networks[network].named_parameters())
@@ -134,11 +134,15 @@ class Full(Adapter):
         return {name: original[name].to(parameter) for name, parameter in self.parameters.items()}
 
 
-def _detach_start(family: ModelFamily) -> None:
-    """Let no gradient through what the layers that read the prompt make of its first token. Answers stay the same."""
+def _readers(family: ModelFamily) -> tuple[str, str]:
     readers = family.sites.readers
     if isinstance(readers, Unsupported):
         raise UserError(f"adapter.detach_start: {family.name} has no place for it: {readers.reason}")
+    return readers
+
+
+def _detach_start(family: ModelFamily, readers: tuple[str, str]) -> None:
+    """Let no gradient through what the layers that read the prompt make of its first token. Answers stay the same."""
     for name, layer in family.networks["denoiser"].named_modules():
         if name.endswith(readers):
             layer.register_forward_hook(_without_start)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapter import Adapter, ParameterGroup
-from finetune.adapters.select import select
+from finetune.adapters.select import networks, select
 from finetune.config.adapters import InjectedConfig
 from finetune.family import ModelFamily
 from finetune.randomness import generator
@@ -38,7 +38,7 @@ class Injected(Adapter):
         self._module_dropout = config.module_dropout
         self._text_rate = config.text_encoder_learning_rate
         self._dropping = False
-        trained = ["denoiser", *(family.text_encoders if config.text_encoder else [])]
+        trained = networks(family, config.text_encoder)
         family.require(*trained)
         family.networks.requires_grad_(False)
         chosen = {network: _chosen(network, config, family) for network in trained}

@@ -8,9 +8,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from finetune.errors import UserError, nearest
+from finetune.family import ModelFamily
 
 Presets = Mapping[str, Mapping[str, Sequence[str]]]
 Match = Callable[[re.Pattern[str], str], object]
+
+
+def networks(family: ModelFamily, text_encoder: bool) -> list[str]:
+    """The networks whose layers a recipe trains: the denoiser, and the family's text encoders where it says so.
+
+    Raises:
+        UserError: it says so, and none of them trains.
+    """
+    if text_encoder and not family.sites.text_encoders:
+        raise UserError(
+            f"adapter.text_encoder: must be false for {family.name}, whose text encoder does not train: no tool reads "
+            "a LoRA of it. It learns new words: adapter.kind embedding or pivotal"
+        )
+    return ["denoiser", *(family.sites.text_encoders if text_encoder else ())]
 
 
 def select(

@@ -134,6 +134,7 @@ class MinSnrWeighting(SnrWeighting):
 
     kind: Literal["min_snr"]
     gamma: PositiveFloat = 5.0
+    """The largest weight."""
 
 
 class SoftMinSnrWeighting(SnrWeighting):
@@ -141,6 +142,7 @@ class SoftMinSnrWeighting(SnrWeighting):
 
     kind: Literal["soft_min_snr"]
     gamma: PositiveFloat = 5.0
+    """What the weight comes near where the SNR is large."""
 
 
 class DebiasedWeighting(SnrWeighting):
@@ -154,7 +156,9 @@ class P2Weighting(SnrWeighting):
 
     kind: Literal["p2"]
     gamma: NonNegativeFloat = 1.0
+    """How steeply pictures with little noise lose weight; 0 is no weighting."""
     k: PositiveFloat = 1.0
+    """Keeps the weight finite where the SNR is near 0."""
 
 
 class SigmaWeighting(Section):
@@ -245,6 +249,8 @@ class ObjectiveConfig(Section):
     """What the model shall learn to answer; the model's own where it is not set. Another one takes long to learn."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that nothing is left of the picture in the last timestep (Lin et al. 2023)."""
+    guidance: NonNegativeFloat | None = None
+    """What a guidance-distilled denoiser (FLUX.1 dev) is told while it trains; 1 where it is not set."""
     timesteps: TimestepsConfig = TimestepsConfig()
     noise: NoiseConfig = NoiseConfig()
     weighting: WeightingConfig = NoWeighting(kind="none")

@@ -171,6 +171,11 @@ class Batches:
         return [picture for concept in self.concepts for picture in concept.pictures] + list(self.classes)
 
     @property
+    def subjects(self) -> Sequence[Entry]:
+        """All that can be drawn of the subjects."""
+        return self._subjects
+
+    @property
     def entries(self) -> list[Entry]:
         """All that can be drawn: of the subjects, then of the class."""
         crop = self.recipe.data.crop

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
+from threading import Lock
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from finetune.data.places import Place
 from finetune.errors import UserError
@@ -18,6 +21,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif",
 DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})  # 16 bit grey, in the names of Pillow's versions
 MODES = DEEP | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 SMALLEST_SIDE = 8  # pixels; anything smaller is an icon or a mistake
+SHRINKS = (8, 4, 2)  # what a JPEG's blocks can be decoded to a part of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,30 @@ def inspect(path: Place) -> Facts:
         UserError: it cannot be read, is cut short, is no picture, or is too small or too large.
     """
     content = read(path)
-    image = decode(content, path)
+    return facts(content, hashlib.sha256(content).hexdigest(), path)
+
+
+def facts(content: bytes, sha256: str, path: Place) -> Facts:
+    """Decode the bytes of a file whole and say what they are.
+
+    Args:
+        sha256: of ``content``.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: as ``inspect``.
+    """
+    image = _opened(content, path)
+    width, height = image.size
+    upright = _loaded(image, content, path, SHRINKS[0])  # all of its data is read, however small it comes out
+    if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
+        width, height = height, width
     return Facts(
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=sha256,
         bytes=len(content),
-        width=image.width,
-        height=image.height,
-        transparent=image.has_transparency_data and image.mode not in DEEP,
+        width=width,
+        height=height,
+        transparent=upright.has_transparency_data and upright.mode not in DEEP,
         frames=_frames(content),
     )
 
@@ -82,18 +103,24 @@ def read(path: Place) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def decode(content: bytes, path: Place) -> Image.Image:
+def decode(content: bytes, path: Place, shrink: int = 1) -> Image.Image:
     """The first frame of a picture, upright, in the file's own colours.
 
     Args:
         content: the bytes of the file.
         path: of the file, for messages.
+        shrink: one of ``SHRINKS`` if a picture of that part of the size will do. A JPEG is decoded to it at once (its
+            blocks of 8 x 8 to smaller ones), which is quicker; others keep their size.
 
     Raises:
         UserError: as ``inspect``.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warnings are either our errors or nobody's concern
+    return _loaded(_opened(content, path), content, path, shrink)
+
+
+def _opened(content: bytes, path: Place) -> Image.Image:
+    """A picture of which no more than the header has been read."""
+    with _quiet():
         try:
             image = Image.open(io.BytesIO(content))
         except UnidentifiedImageError:
@@ -103,8 +130,15 @@ def decode(content: bytes, path: Place) -> Image.Image:
             raise UserError(f"{path}: is too large; expected at most {most} million pixels") from None
         except Exception as error:  # decoders raise whatever a broken file makes them raise
             raise UserError(f"{path}: is not a readable picture: {error}") from None
-        _check_size(image, path)
+    _check_size(image, path)
+    return image
+
+
+def _loaded(image: Image.Image, content: bytes, path: Place, shrink: int) -> Image.Image:
+    with _quiet():
         try:
+            if shrink > 1:
+                image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
             upright = ImageOps.exif_transpose(image)
         except Exception as error:
@@ -112,6 +146,39 @@ def decode(content: bytes, path: Place) -> Image.Image:
     if upright.mode not in MODES:
         raise UserError(f"{path}: has colours of kind {upright.mode!r}; expected RGB, grey, palette or CMYK")
     return upright
+
+
+class _Muffler:
+    """Warnings off while any thread is inside; Python's own switch is one for all threads and must not be crossed."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.switch = Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.switch.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.switch.close()
+
+
+_muffler = _Muffler()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow's warnings are either our errors or nobody's concern."""
+    _muffler.enter()
+    try:
+        yield
+    finally:
+        _muffler.leave()
 
 
 def _check_size(image: Image.Image, path: Place) -> None:

@@ -103,8 +103,14 @@ class Prompts:
 
     def key(self, caption: str) -> str:
         """The name of a caption's entry in the store."""
-        chunks = self.family.prompt_chunks
-        return key("prompt", family=self.family.name, encoder=self._encoder, chunks=chunks, caption=caption)
+        return key(
+            "prompt",
+            family=self.family.name,
+            encoder=self._encoder,
+            chunks=self.family.prompt_chunks,
+            length=self.family.prompt_length(caption),  # models may share encoders, and let them read on to other ends
+            caption=caption,
+        )
 
     def stack(self, captions: Iterable[str]) -> Conditioning:
         """Several captions, each encoded alone."""

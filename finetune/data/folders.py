@@ -20,7 +20,8 @@ def picture_files(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
         raise UserError(f"{where}: {folder} {found}; expected a folder of pictures{nearest_folder(folder)}")
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     pictures = [path for path in paths if path.is_file() and decoding.is_picture(path)]
-    return pictures, [path for path in paths if path not in set(pictures)]
+    known = set(pictures)
+    return pictures, [path for path in paths if path not in known]
 
 
 def matching(pattern: str) -> list[Path]:

@@ -5,13 +5,16 @@ Bucket lists are those of kohya's trainers, so that a set of pictures falls into
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect, bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import log, sqrt
 from typing import NamedTuple
 
 from finetune.config.schema import DataConfig
+
+SAME = 1e-8  # between logarithms of ratios that count as one
 
 
 class Size(NamedTuple):
@@ -104,10 +107,27 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
     Between equally near ones the larger is taken.
     """
-    if (own := Size(width, height)) in sizes:
-        return own
-    ratio = log(width / height)
-    return min(sizes, key=lambda size: (round(abs(log(size.width / size.height) - ratio), 9), -size.area))
+    return Nearest(sizes).to(width, height)
+
+
+class Nearest:
+    """``nearest_size`` for many pictures: sizes in the order of the logarithms of their ratios."""
+
+    def __init__(self, sizes: Sequence[Size]) -> None:
+        ordered = sorted((log(size.width / size.height), size) for size in sizes)
+        self._ratios, self._sizes, self._all = [one[0] for one in ordered], [one[1] for one in ordered], set(sizes)
+
+    def to(self, width: int, height: int) -> Size:
+        """The size for a picture."""
+        if (own := Size(width, height)) in self._all:
+            return own
+        ratio = log(width / height)
+        place = bisect(self._ratios, ratio)
+        below, above = self._ratios[max(0, place - 1)], self._ratios[min(place, len(self._ratios) - 1)]
+        first, last = bisect_left(self._ratios, below - SAME), bisect(self._ratios, above + SAME)
+        near = range(first, last)
+        best = min(near, key=lambda i: (round(abs(self._ratios[i] - ratio), 9), -self._sizes[i].area))
+        return self._sizes[best]
 
 
 @dataclass(frozen=True)
@@ -137,14 +157,19 @@ class Framing:
 
     def crop(self, width: int, height: int) -> Crop:
         """Where a picture of this size is cut."""
-        return _crop(self, width, height)
+        return self._crop(width, height)
 
+    @cached_property
+    def _crop(self) -> Callable[[int, int], Crop]:
+        nearest = Nearest(self.sizes)
 
-@lru_cache(maxsize=65536)
-def _crop(framing: Framing, width: int, height: int) -> Crop:
-    if framing.step is None or framing.upscale:
-        return cover(width, height, nearest_size(width, height, framing.sizes))
-    return _without_enlarging(width, height, framing.resolution**2, framing.step)
+        @lru_cache(maxsize=65536)
+        def crop(width: int, height: int) -> Crop:
+            if self.step is None or self.upscale:
+                return cover(width, height, nearest.to(width, height))
+            return _without_enlarging(width, height, self.resolution**2, self.step)
+
+        return crop
 
 
 def _without_enlarging(width: int, height: int, area: int, step: int) -> Crop:

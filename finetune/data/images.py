@@ -16,8 +16,11 @@ from finetune.data.masks import ALPHA
 from finetune.data.sources import Picture
 from finetune.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Of everything here and in ``decoding`` that changes pixels; part of the cache's keys."""
+
+SPARE = 2
+"""How many times larger than it is needed a JPEG is decoded at least, so that Lanczos has what it averages."""
 
 
 def geometry(picture: Picture, crop: Crop, flipped: bool = False) -> Tensor:
@@ -37,12 +40,15 @@ def pixels(picture: Picture, crop: Crop) -> Tensor:
     Raises:
         UserError: the file is no longer the one that was scanned.
     """
-    image = _cut(whole(picture), crop, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    image = _cut(whole(picture, _shrink(picture, crop)), crop, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
-def whole(picture: Picture) -> Image.Image:
+def whole(picture: Picture, shrink: int = 1) -> Image.Image:
     """All of a picture, upright, 8 bit sRGB.
+
+    Args:
+        shrink: as of ``decoding.decode``.
 
     Raises:
         UserError: the file is no longer the one that was scanned.
@@ -50,7 +56,17 @@ def whole(picture: Picture) -> Image.Image:
     content = decoding.read(picture.path)
     if hashlib.sha256(content).hexdigest() != picture.facts.sha256:
         raise UserError(f"{picture.path}: has changed since this run began; start it again")
-    return decoding.rgb(decoding.decode(content, picture.path))
+    return decoding.rgb(decoding.decode(content, picture.path, shrink))
+
+
+def _shrink(picture: Picture, crop: Crop) -> int:
+    """The smallest part of a picture that is ``SPARE`` times what is needed, and has no half pixels at its edges."""
+    width, height = picture.facts.width, picture.facts.height
+    for shrink in decoding.SHRINKS:
+        whole_pixels = width % shrink == height % shrink == 0
+        if whole_pixels and width >= shrink * SPARE * crop.width and height >= shrink * SPARE * crop.height:
+            return shrink
+    return 1
 
 
 def mask(picture: Picture, crop: Crop, scale: int) -> Tensor:
@@ -77,6 +93,10 @@ def mask(picture: Picture, crop: Crop, scale: int) -> Tensor:
 
 
 def _cut(image: Image.Image, crop: Crop, filter: Image.Resampling) -> Image.Image:
-    wide, high = crop.target
-    scaled = image if (crop.width, crop.height) == image.size else image.resize((crop.width, crop.height), filter)
-    return scaled.crop((crop.left, crop.top, crop.left + wide, crop.top + high))
+    """What is cut from a picture once it is scaled. Nothing else is scaled."""
+    left, top, (wide, high) = crop.left, crop.top, crop.target
+    if (crop.width, crop.height) == image.size:
+        return image.crop((left, top, left + wide, top + high))
+    across, down = image.width / crop.width, image.height / crop.height
+    right, bottom = min(image.width, (left + wide) * across), min(image.height, (top + high) * down)
+    return image.resize(crop.target, filter, (left * across, top * down, right, bottom))

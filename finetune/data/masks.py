@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
 from finetune.config.schema import ConceptConfig
 from finetune.data import decoding
 from finetune.data.decoding import Facts
@@ -38,18 +40,36 @@ def find_mask(
     else:
         mask = own or _mask_file(path, Path(config.masks or ""), where)
         image = decoding.grey(decoding.decode(decoding.read(mask), mask))
+    return mask or ALPHA, check_mask(image, facts, mask or path)
+
+
+def check_mask(image: Image.Image, facts: Facts, path: Place) -> Box:
+    """The least box around all of a mask that counts; refuses one that is no mask of its picture.
+
+    Args:
+        image: the mask, grey.
+        facts: of the picture.
+        path: of the mask, for messages.
+
+    Raises:
+        UserError: it is empty or of another size.
+    """
     if image.size != (facts.width, facts.height):
         raise UserError(
-            f"{mask}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
+            f"{path}: is {image.width} x {image.height} pixels, but its picture is {facts.width} x {facts.height}"
         )
     if (box := image.getbbox()) is None:
-        raise UserError(f"{mask or path}: its mask is empty (black everywhere), so nothing of the picture would count")
-    return mask or ALPHA, Box(*box)
+        raise UserError(f"{path}: its mask is empty (black everywhere), so nothing of the picture would count")
+    return Box(*box)
 
 
 def mask_files(stem: str, folder: Path) -> list[Path]:
-    """Files in a folder of masks that could belong to the picture of a name, in order: the first counts."""
-    return [file for file in sorted(folder.glob(f"{_escaped(stem)}.*")) if decoding.is_picture(file)]
+    """Files in a folder of masks that could belong to the picture of a name, in order: the first counts.
+
+    The folder is not listed, which would take a million times a million names of a large set.
+    """
+    suffixes = sorted({kind for suffix in decoding.SUFFIXES for kind in (suffix, suffix.upper())})
+    return [path for suffix in suffixes if (path := folder / f"{stem}{suffix}").is_file()]
 
 
 def _mask_file(path: Place, folder: Path, where: str) -> Path:
@@ -60,7 +80,3 @@ def _mask_file(path: Place, folder: Path, where: str) -> Path:
         names = [file.stem for file in folder.iterdir() if decoding.is_picture(file)]
         raise UserError(f"{path}: has no mask in {folder}; expected {path.stem}.png{nearest(path.stem, names[:20])}")
     return found[0]
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

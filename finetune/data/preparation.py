@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.config.adapters import new_words
+from finetune.config.checks import FORMATS
 from finetune.config.crop import CropConfig
 from finetune.config.schema import Recipe
 from finetune.data import images, prior, sources
@@ -17,7 +18,7 @@ from finetune.data.encode import Latents, Prompts
 from finetune.data.entries import Entry, subject_entries, variants
 from finetune.data.processes import Alone, Processes
 from finetune.errors import UserError
-from finetune.family import ModelFamily
+from finetune.family import ModelFamily, writable
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,12 @@ def encode_ahead(recipe: Recipe, family: ModelFamily, processes: Processes | Non
         processes: of the run; class images and encodings are shared out among them.
 
     Raises:
-        UserError: everything that is wrong with the pictures, or doubtful of them with ``data.strict``, or a resolution
-            that the model cannot take.
+        UserError: everything that is wrong with the pictures, or doubtful of them with ``data.strict``, or a recipe
+            that does not fit the model.
         GuardError: something trains already, or an encoder gives numbers that are not finite.
     """
     processes = processes or Alone()
-    check_resolution(recipe, family)
+    check_fit(recipe, family)
     concepts = sources.scan(recipe.data, words=new_words(recipe.adapter))
     entries = itertools.chain.from_iterable(subject_entries(recipe.data, concepts))
     sources.refuse(lost_masks(entries, recipe.data.crop, family.latent_scale))
@@ -110,6 +111,19 @@ def lost_masks(entries: Iterable[Entry], crop: CropConfig, scale: int) -> list[s
         except UserError as error:
             problems.append(str(error))
     return problems
+
+
+def check_fit(recipe: Recipe, family: ModelFamily) -> None:
+    """Refuse what a recipe asks for and its model's family has not.
+
+    Raises:
+        UserError: a resolution does not divide into the denoiser's cells, or there are no files of a layout.
+    """
+    check_resolution(recipe, family)
+    asked = recipe.export.formats or ()
+    if lacking := [layout for layout in asked if layout not in writable(asked, family.export_names)]:
+        there = ", ".join(writable(FORMATS[recipe.adapter.kind], family.export_names))
+        raise UserError(f"export.formats: {family.name} has no files of layout {lacking[0]!r}; it has {there}")
 
 
 def check_resolution(recipe: Recipe, family: ModelFamily) -> None:

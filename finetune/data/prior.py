@@ -5,31 +5,23 @@ DreamBooth (Ruiz et al. 2023, https://arxiv.org/abs/2208.12242), section 3.3.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-from rich.progress import track
-
-from finetune import files
 from finetune.config.schema import ImagesPrior, Recipe
 from finetune.data import decoding
-from finetune.data.cache import key, remove_stale
+from finetune.data.cache import key
 from finetune.data.decoding import Facts
+from finetune.data.drawing import MANIFEST, ClassImages, Drawing, file_name, settings
 from finetune.data.folders import picture_files
 from finetune.data.processes import Alone, Processes
 from finetune.data.sources import Concept, Picture, refuse
-from finetune.errors import GuardError, UserError
+from finetune.errors import UserError
 from finetune.family import ModelFamily
-from finetune.randomness import generator
-from finetune.sampling import arguments, change_scheduler, inference, untouched
 
-MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +45,7 @@ def class_images(
         return own
     pictures: list[Picture] = []
     for prompt in prompts:
-        pictures += ClassImages(recipe, prior, family, prompt).fill(processes)
+        pictures += _pictures(drawn_for(recipe, prior, family, prompt).fill(processes), prompt)
     return pictures
 
 
@@ -69,7 +61,7 @@ def foreseen(recipe: Recipe, concepts: Sequence[Concept]) -> list[Picture]:
     prompts = class_prompts(concepts)
     if prior.folder is not None and (own := _own(prior, Path(prior.folder), prompts)):
         return own
-    names = [(prompt, _name(index)) for prompt in prompts for index in range(prior.count)]
+    names = [(prompt, file_name(index)) for prompt in prompts for index in range(prior.count)]
     square = Facts(sha256="", bytes=0, width=side, height=side, transparent=False, frames=1)
     return [
         Picture(
@@ -104,8 +96,8 @@ def _own(prior: ImagesPrior, folder: Path, prompts: Sequence[str]) -> list[Pictu
             f"prior.folder: {folder} holds {len(paths)} pictures, prior.count asks for {prior.count}; "
             "add pictures, lower the count, or leave out the folder to have them drawn"
         )
-    if others:
-        log.warning("prior.folder: %s: ignored: %s", folder, ", ".join(path.name for path in others[:5]))
+    if ignored := [path.name for path in others if path.name != MANIFEST]:
+        log.warning("prior.folder: %s: ignored: %s", folder, ", ".join(ignored[:5]))
     return _pictures(paths, prompts[0])
 
 
@@ -121,116 +113,16 @@ def _pictures(paths: Sequence[Path], prompt: str) -> list[Picture]:
     return pictures
 
 
-@dataclass(frozen=True)
-class ClassImages:
-    """The images of one class prompt, in a folder that is named by everything that decides them."""
-
-    recipe: Recipe
-    prior: ImagesPrior
-    family: ModelFamily
-    prompt: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the images; another value of any of these is another folder."""
-        chunks = self.family.prompt_chunks
-        return {
-            "prompt": self.prompt,
-            **({"prompt_chunks": chunks} if chunks > 1 else {}),
-            "family": self.family.name,
-            "model": self.family.fingerprint("denoiser", "vae", *self.family.text_encoders),
-            "resolution": self.recipe.data.resolution,
-            "seed": self.recipe.seed,
-            **self.prior.sampler.model_dump(exclude={"guidance_rescale"}),
-            **({"guidance_rescale": rescale} if (rescale := self.prior.sampler.guidance_rescale) else {}),
-        }
-
-    @property
-    def folder(self) -> Path:
-        """Where they lie."""
-        kept = self.prior.folder or Path(self.recipe.data.cache.folder) / "class-images"
-        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40]
-        return Path(kept) / f"{words}-{key('class images', **self.settings)[:12]}"
-
-    def fill(self, processes: Processes) -> list[Picture]:
-        """Draw what is missing and give all of them."""
-        folder = self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if processes.rank == 0:
-            remove_stale(folder)
-        missing = self._missing(folder)
-        processes.barrier()  # nobody writes before everybody has looked
-        share = [i for i in missing if i // self.prior.batch_size % processes.world == processes.rank]
-        self._draw(folder, share, quiet=processes.rank != 0)
-        processes.barrier()
-        self._draw(folder, self._missing(folder), quiet=True)  # of processes whose disk this one does not see
-        paths = [folder / _name(index) for index in range(self.prior.count)]
-        if processes.rank == 0:
-            self._write_manifest(folder, paths)
-        processes.barrier()
-        return _pictures(paths, self.prompt)
-
-    def _missing(self, folder: Path) -> list[int]:
-        """The images that are absent or not what was written."""
-        known = _hashes(folder)
-        return [i for i in range(self.prior.count) if not _whole(folder / _name(i), known.get(_name(i)))]
-
-    def _draw(self, folder: Path, indices: Sequence[int], quiet: bool) -> None:
-        if not indices:
-            return
-        if any(parameter.requires_grad for parameter in self.family.networks.parameters()):
-            raise GuardError("class images must be drawn by the untouched model, but a part of it trains already")
-        size, wanted = self.prior.batch_size, set(indices)
-        # always whole groups, since an image's neighbours can change its last bits
-        groups = sorted({index // size for index in indices})
-        with untouched(self.family), inference(self.family) as pipeline:
-            if self.prior.sampler.scheduler:
-                pipeline.scheduler = change_scheduler(pipeline.scheduler, self.prior.sampler.scheduler)
-            for group in track(groups, f"Drawing {len(indices)} class images", disable=quiet, transient=True):
-                numbers = range(group * size, (group + 1) * size)
-                for index, image in zip(numbers, self._sample(pipeline, numbers), strict=True):
-                    if index in wanted:
-                        with files.replacing(folder / _name(index)) as temporary:
-                            image.save(temporary, format="PNG")
-
-    def _sample(self, pipeline: Any, numbers: Sequence[int]) -> list[Image.Image]:
-        sampler, side = self.prior.sampler, self.recipe.data.resolution
-        drawn = pipeline(
-            prompt=[self.prompt] * len(numbers),
-            **arguments(sampler),
-            height=side,
-            width=side,
-            generator=[generator(self.recipe.seed, "class image", self.prompt, index) for index in numbers],
-        )
-        return list(drawn.images)
-
-    def _write_manifest(self, folder: Path, paths: Sequence[Path]) -> None:
-        manifest = {
-            "settings": self.settings,
-            "files": _hashes(folder) | {path.name: files.sha256(path) for path in paths},
-        }
-        if not (folder / MANIFEST).is_file() or _hashes(folder) != manifest["files"]:
-            files.write_json(folder / MANIFEST, manifest)
-
-
-def _name(index: int) -> str:
-    return f"{index:05}.png"
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """What the manifest says of the files; nothing where there is none or it is damaged."""
-    try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return hashes if isinstance(hashes, dict) else {}
-
-
-def _whole(path: Path, sha256: str | None) -> bool:
-    """Whether a file is there and is what was written; what the manifest does not list must decode."""
-    if not path.is_file():
-        return False
-    try:
-        return files.sha256(path) == sha256 if sha256 else bool(decoding.inspect(path))
-    except UserError:
-        return False
+def drawn_for(recipe: Recipe, prior: ImagesPrior, family: ModelFamily, prompt: str) -> ClassImages:
+    """The images of a class prompt as a recipe has them drawn, in a folder that is named by all that decides them."""
+    drawing = Drawing(
+        count=prior.count,
+        sampler=prior.sampler,
+        resolution=recipe.data.resolution,
+        seed=recipe.seed,
+        batch_size=prior.batch_size,
+    )
+    kept = Path(prior.folder or Path(recipe.data.cache.folder) / "class-images")
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+    name = f"{words}-{key('class images', **settings(drawing, family, prompt))[:12]}"
+    return ClassImages(prompt, family, drawing, kept / name)

@@ -10,6 +10,7 @@ can be computed together is, and nothing else about the order changes.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,7 +109,7 @@ class Grouped:
         while len(rest) < first and units:
             rest += units.pop()
         turns = permutation(len(units), self.seed, f"{self.purpose} of units", epoch)
-        return [*rest[:first], *(place for turn in turns for place in units[turn]), *rest[first:]]
+        return array("q", [*rest[:first], *(place for turn in turns for place in units[turn]), *rest[first:]])
 
 
 class Items(Protocol):

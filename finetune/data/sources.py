@@ -6,16 +6,19 @@ No torch here, so that ``finetune plan`` stays quick.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from finetune.config.adapters import EmbeddingConfig
 from finetune.config.origin import is_url
 from finetune.config.schema import ConceptConfig, DataConfig
 from finetune.config.wording import WordingConfig
-from finetune.data import captions, decoding, embedded, origins
+from finetune.data import captions, embedded, origins
 from finetune.data.decoding import Facts
+from finetune.data.facts import Known
 from finetune.data.framing import Box
 from finetune.data.masks import find_mask
 from finetune.data.origins import Finds, Sample, mirror
@@ -100,8 +103,21 @@ def scan(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | N
     return found.concepts
 
 
-def survey(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig | None = None) -> Survey:
-    """As ``scan``, but what is wrong is told and not raised."""
+def survey(
+    data: DataConfig,
+    *,
+    captioned: bool = True,
+    words: EmbeddingConfig | None = None,
+    known: Known | None = None,
+    workers: int | None = None,
+) -> Survey:
+    """As ``scan``, but what is wrong is told and not raised.
+
+    Args:
+        known: facts of pictures; those of the recipe's cache where it is not set.
+        workers: threads that look at pictures; as many as there are cores where it is not set.
+    """
+    known = known or Known(Path(data.cache.folder))
     problems: list[str] = []
     concepts = []
     cache = Path(data.cache.folder)
@@ -112,7 +128,8 @@ def survey(data: DataConfig, *, captioned: bool = True, words: EmbeddingConfig |
             resolved = resolve(config, cache, where)
             found = origins.find(resolved, where, cache)
             problems.extend(found.problems)
-            concepts.append(_scan(found, resolved, index, where, problems, captioned, wording, data.wording))
+            looked = partial(known.look_at_all, workers=workers)
+            concepts.append(_scan(found, resolved, index, where, problems, captioned, wording, data.wording, looked))
         except UserError as error:
             problems.append(str(error))
     own = [text for concept in concepts for picture in concept.pictures for text in picture.captions]
@@ -169,14 +186,16 @@ def _scan(
     captioned: bool,
     wording: Wording | None,
     reworded: WordingConfig | None,
+    looked: Callable[[Iterable[Place]], Iterable[Future[Facts]]],
 ) -> Concept:
     captioned = captioned and not (wording and wording.replaces)
     pictures, fallen = [], []
-    for sample in found.samples:
+    looks = looked(sample.picture for sample in found.samples)
+    for sample, look in zip(found.samples, looks, strict=True):
         path = sample.picture
         try:
             _check_name(path)
-            facts = decoding.inspect(path)
+            facts = look.result()
             own = _own_captions(sample, config)
             texts = own or _instead(sample, config, captioned)
             texts = wording.captions(texts, config.trigger) if wording else texts

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.batch import Conditioning
 from finetune.errors import GuardError
 from finetune.export.base import load_base
 from finetune.export.checks import Report, quiet
@@ -105,8 +104,7 @@ def _check_diffusers(report: Report, first: ModelFamily, second: ModelFamily, wo
         return
     pipeline: Any = second.pipeline()
     if report.run("diffusers: loads", lambda: _load(pipeline, word)) is not None:
-        wanted = first.encode_prompt(prompts)
-        report.run("diffusers: prompt encoding", lambda: _same(pipeline, prompts, wanted))
+        report.run("diffusers: prompt encoding", lambda: _same(pipeline, prompts, first))
 
 
 def _placed(family: ModelFamily, word: Stored) -> bool:
@@ -137,16 +135,21 @@ def _place(family: ModelFamily, vocabulary: Vocabulary, token: str, rows: Tensor
 def _load(pipeline: Any, word: Stored) -> str:
     with quiet():
         load_word(pipeline, word)
+    if not hasattr(pipeline, "load_textual_inversion"):
+        return "into tokenizers and tables: the pipeline has no loader"
     return f"{type(pipeline).__name__}.load_textual_inversion"
 
 
-def _same(pipeline: Any, prompts: list[str], wanted: Conditioning) -> str:
-    """Among the tensors that the pipeline makes of the prompts are those that the family makes."""
-    device = wanted.tokens.device
-    asked = {"prompt": prompts, "device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+def _same(pipeline: Any, prompts: list[str], family: ModelFamily) -> str:
+    """Among the tensors that the pipeline makes of each prompt are those that the family makes."""
     known = signature(pipeline.encode_prompt).parameters
-    got = pipeline.encode_prompt(**{name: value for name, value in asked.items() if name in known})
-    for tensor in (wanted.tokens, wanted.pooled):
-        if tensor is not None and not any(one is not None and torch.equal(one, tensor) for one in got):
-            raise GuardError(f"{list(tensor.shape)} differs from what the family makes of the prompts")
+    for prompt in prompts:
+        wanted = family.encode_prompt([prompt])
+        asked = {"prompt": [prompt], "device": wanted.tokens.device, "num_images_per_prompt": 1}
+        asked |= {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}  # as the first
+        got = pipeline.encode_prompt(**{name: value for name, value in asked.items() if name in known})
+        found = [one[0] for one in got if one is not None and len(one)]  # of tensors or lists of them
+        for tensor in (wanted.tokens, wanted.pooled):
+            if tensor is not None and not any(torch.equal(one, tensor[0]) for one in found):
+                raise GuardError(f"{list(tensor.shape)} differs from what the family makes of {prompt!r}")
     return "equal bit for bit"

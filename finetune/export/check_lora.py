@@ -17,6 +17,7 @@ from finetune.export.checks import Report, quiet
 from finetune.export.compare import TOLERANCE, answer, close, difference, identical, mapped
 from finetune.export.layers import Layer, applied, check, check_learned, check_shape, layers
 from finetune.export.metadata import OWN
+from finetune.export.names import fuses
 from finetune.export.read import Identity, read_tensors
 from finetune.export.readers import TOOLS
 from finetune.family import ModelFamily
@@ -37,12 +38,12 @@ def check_file(
     if unpacked is None or not report.passed:
         return
     report.run("learned", lambda: _learned(unpacked))
-    report.run("header", lambda: _header(found, tensors, unpacked))
+    report.run("header", lambda: _header(found, tensors, unpacked, fuses(names)))
     expected = unpacked
     if weights is not None:
         expected = report.run("equal to memory", lambda: _same(found, tensors, family, weights), _count) or unpacked
     if found.layout == "kohya":
-        report.run("alpha", lambda: _one_alpha(unpacked))
+        report.run("alpha", lambda: _ranks(unpacked) if fuses(names) else _one_alpha(unpacked))
         report.run("attention", lambda: _whole_attention(unpacked))
     if not report.passed:
         return
@@ -66,8 +67,12 @@ def _learned(unpacked: Sequence[Layer]) -> str:
     return f"lora_B is not zero; the largest change is in {largest.name}"
 
 
-def _header(found: Identity, tensors: dict[str, Tensor], unpacked: Sequence[Layer]) -> str:
-    """What the header promises is there. Files of other tools promise nothing that is checked here."""
+def _header(found: Identity, tensors: dict[str, Tensor], unpacked: Sequence[Layer], fused: bool) -> str:
+    """What the header promises is there. Files of other tools promise nothing that is checked here.
+
+    Args:
+        fused: whether alphas are ranks in files of the family.
+    """
     stated, alpha = found.metadata.get(f"{OWN}layers"), found.metadata.get("ss_network_alpha")
     if stated is not None and int(stated) != len(unpacked):
         raise GuardError(f"the header says {stated} layers, the file holds {len(unpacked)}")
@@ -76,6 +81,7 @@ def _header(found: Identity, tensors: dict[str, Tensor], unpacked: Sequence[Laye
         if missing:
             raise GuardError(f"{_alpha_key(missing[0])!r} and {len(missing) - 1} more alphas are missing")
         wrong = [layer for layer in unpacked if not math.isclose(layer.alpha, float(alpha), rel_tol=1e-6)]
+        wrong = [layer for layer in wrong if not fused or layer.scale != 1.0]
         if wrong:
             raise GuardError(f"{wrong[0].name} has alpha {wrong[0].alpha}, the header says {alpha}")
     return f"base {found.base or 'not named'}, {stated or 'unstated'} layers"
@@ -102,6 +108,14 @@ def _one_alpha(unpacked: Sequence[Layer]) -> str:
     if len(alphas) > 1:
         raise GuardError(f"layers state different alphas ({alphas[0]} to {alphas[-1]}); diffusers would mix them up")
     return f"{alphas[0]:g} in every layer"
+
+
+def _ranks(unpacked: Sequence[Layer]) -> str:
+    """Of families whose files have several of diffusers' layers as one, which is not for diffusers to mix up."""
+    scales = sorted({layer.scale for layer in unpacked})
+    return (
+        f"scales of {scales[0]:g} to {scales[-1]:g}" if len(scales) > 1 else f"a scale of {scales[0]:g} in every layer"
+    )
 
 
 def _whole_attention(unpacked: Sequence[Layer]) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.adapter import Weights
 from finetune.config.schema import ModelConfig
 from finetune.errors import GuardError
 from finetune.export.checks import Report, quiet
-from finetune.export.full import read_model, weight_files
+from finetune.export.full import read_model, weight_files, without
 from finetune.export.layers import check
 from finetune.export.read import read_header
 from finetune.family import ExportNames
@@ -66,8 +66,9 @@ def _same(held: Weights, weights: Weights) -> str:
 def _load(folder: Path, names: Mapping[str, ExportNames]) -> dict[str, nn.Module]:
     from diffusers import DiffusionPipeline
 
+    absent = dict.fromkeys(without(folder))  # diffusers asks to be told of each, safety checkers aside
     with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **absent)
     return {network: getattr(pipeline, called.diffusers) for network, called in names.items()}
 
 
@@ -75,6 +76,7 @@ def _arrived(held: Weights, networks: Mapping[str, nn.Module]) -> str:
     there = {
         f"{network}.{key}": value for network, model in networks.items() for key, value in model.state_dict().items()
     }
+    there = {name: there[name] for name in _stored(there, held.tensors)}
     if missing := there.keys() - held.tensors.keys():
         raise GuardError(f"{len(missing)} weights are in no file, for example {min(missing)}")
     if extra := held.tensors.keys() - there.keys():
@@ -83,3 +85,9 @@ def _arrived(held: Weights, networks: Mapping[str, nn.Module]) -> str:
         if not torch.equal(tensor, held.tensors[name].to(tensor.dtype)):
             raise GuardError(f"{name} is loaded with other values than the file's")
     return f"bit for bit, {len(there)} weights"
+
+
+def _stored(there: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> list[str]:
+    """Names of weights without second names of the same ones, which files need not hold."""
+    known = {there[name].data_ptr() for name in there.keys() & held.keys()}
+    return [name for name, value in there.items() if name in held or value.data_ptr() not in known]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from finetune.adapter import Weights
 from finetune.errors import UserError
-from finetune.export.overlay import Overlay
+from finetune.export.overlay import Overlay, cast
+from finetune.export.stream import tensors_of, writing
 from finetune.family import ExportNames
-from finetune.files import replacing_folder, write_json, write_tensors
+from finetune.files import replacing_folder, write_json
 
 _STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and transformers' own
 _INDEX = "model_index.json"
@@ -33,7 +34,7 @@ def write_model(
 ) -> Path:
     """Write a diffusers folder that is ``base`` with the trained weights put in, whole or not at all.
 
-    One component is in memory at a time. Only safetensors of the ordinary names are taken over: other variants and
+    One tensor is in memory at a time. Only safetensors of the ordinary names are taken over: other variants and
     pickles would hold untrained weights. The level that the installed transformers leaves out of a text encoder's
     names is put back, because older loaders take a file without it for random weights.
 
@@ -50,6 +51,31 @@ def write_model(
         UserError: a component of the base has no safetensors.
     """
     overlay = Overlay(weights, dtype)
+    with rewriting(base, path, names, overlay.over, dtype, scheduler):
+        overlay.finish(base)
+    return path
+
+
+@contextmanager
+def rewriting(
+    base: Path,
+    path: Path,
+    names: Mapping[str, ExportNames],
+    put: Callable[[str, Tensor], Tensor],
+    dtype: torch.dtype | None = None,
+    scheduler: Any = None,
+) -> Iterator[Path]:
+    """Write ``base`` as the folder ``path``, tensor by tensor, with what ``put`` makes of each weight of a network.
+
+    What is inside the ``with`` comes last, with the folder under a temporary name; if it raises, nothing is written.
+
+    Args:
+        put: takes a canonical name and the base's tensor.
+        dtype: of all floating-point weights; each as it was where it is not given.
+
+    Raises:
+        UserError: a component of the base has no safetensors.
+    """
     with replacing_folder(path) as folder:
         for card in _CARDS:
             if (base / card).is_file():
@@ -60,17 +86,16 @@ def write_model(
             level = names[network].missing_level if network else ""
             _copy_settings(base / component, folder / component, dtype)
             for file in weight_files(base / component):
-                tensors = {}
-                for key, value in _tensors(file):
-                    short = key.removeprefix(level)
-                    tensors[level + short] = overlay.over(f"{network or component}.{short}", value)
-                write_tensors(folder / component / file.name, tensors)
+                with writing(folder / component / file.name) as writer:
+                    for key, old in tensors_of(file):
+                        short = key.removeprefix(level)
+                        new = put(f"{network}.{short}", old) if network else old
+                        writer.add({level + short: cast(new, dtype or old.dtype)})
             if level:
                 _prefix_index(folder / component, level)
         if scheduler is not None:
             scheduler.save_pretrained(folder / "scheduler")
-        overlay.finish(base)
-    return path
+        yield folder
 
 
 def read_model(path: Path, names: Mapping[str, ExportNames]) -> Weights:
@@ -82,7 +107,7 @@ def read_model(path: Path, names: Mapping[str, ExportNames]) -> Weights:
         f"{network}.{key.removeprefix(called.missing_level)}": value
         for network, called in names.items()
         for file in weight_files(path / called.diffusers)
-        for key, value in _tensors(file)
+        for key, value in tensors_of(file)
         if value.is_floating_point()
     }
     return Weights("full", tensors)
@@ -92,6 +117,12 @@ def components(folder: Path) -> list[str]:
     """Names of a pipeline's parts that have a folder."""
     index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     return sorted(name for name in index if not name.startswith("_") and (folder / name).is_dir())
+
+
+def without(folder: Path) -> list[str]:
+    """Names of a pipeline's parts that a folder says it has not."""
+    index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    return sorted(name for name, value in index.items() if value == [None, None])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -126,20 +157,14 @@ def _index(base: Path, scheduler: Any) -> dict[str, Any]:
     return index
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as opened:
-        for key in sorted(opened.keys()):
-            yield key, opened.get_tensor(key)
-
-
-def _copy_settings(source: Path, target: Path, dtype: torch.dtype) -> None:
+def _copy_settings(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Copy what is beside the weights: settings, vocabularies. Settings that name the dtype get the new one."""
     target.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in {".json", ".txt", ".model"}:
+        if file.is_file() and file.suffix in {".json", ".txt", ".jinja", ".model"}:
             shutil.copyfile(file, target / file.name)
     config = target / "config.json"
-    if config.is_file():
+    if dtype is not None and config.is_file():
         settings = json.loads(config.read_text(encoding="utf-8"))
         stated = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in settings}
         if any(settings[key] != value for key, value in stated.items()):

@@ -66,10 +66,16 @@ class Change:
         try:
             if self.algorithm == "oft":
                 return self._rotated(weight.float())
-            return weight.float() + strength * self.scale * self._product().reshape(weight.shape)
+            return weight.float() + strength * self.difference().reshape(weight.shape)
         except RuntimeError as error:
             shapes = {part: list(tensor.shape) for part, tensor in self.parts.items()}
             raise GuardError(f"{self.name}: {shapes} do not fit a weight {list(weight.shape)}") from error
+
+    def difference(self) -> Tensor:
+        """What is added to a weight: float32 [out, in, ...], of a convolution also [out, in * k * k]. A rotation adds
+        nothing.
+        """
+        return self.scale * self._product()
 
     def _product(self) -> Tensor:
         parts = {name: tensor.float() for name, tensor in self.parts.items()}

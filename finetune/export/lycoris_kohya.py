@@ -3,27 +3,37 @@
 
 Their rule for alpha: LoHa is scaled by ``alpha / rank``; LoKr too, but by nothing where both of its factors are whole;
 differences are not scaled.
+
+Where readers have one layer for several of diffusers', LoHa's factors become blocks as LoRA's do, because the product
+of ``diag(A_q, A_k)`` and ``[B_q; B_k]`` is ``[A_q B_q; A_k B_k]``. Kronecker products cannot be put together so: there
+LoKr's whole difference is written, as large as the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.export.fused import diagonal, stack, taken_apart
 from finetune.export.lycoris import PARTS, Change
-from finetune.export.names import joined, parted
+from finetune.export.names import Stems, expected_stem, network_of
 from finetune.family import ExportNames
+from finetune.originals import Place
 
 ALPHA = "alpha"
 _KNOWN = {part: algorithm for algorithm in ("loha", "lokr", "full") for part in PARTS[algorithm]}
 
 
 def algorithm_of(keys: Iterable[str]) -> str | None:
-    """Which of them a file with such keys holds; None for any other file."""
-    return next((_KNOWN[part] for key in keys if (part := key.partition(".")[2]) in _KNOWN), None)
+    """Which of them a file with such keys holds; None for any other file. Beside layers of LoKr there may be whole
+    differences.
+    """
+    found = {_KNOWN[part] for key in keys if (part := key.partition(".")[2]) in _KNOWN}
+    return next((name for name in ("loha", "lokr", "full") if name in found), None)
 
 
 def pack(changes: Sequence[Change], names: Mapping[str, ExportNames], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -31,17 +41,43 @@ def pack(changes: Sequence[Change], names: Mapping[str, ExportNames], dtype: tor
 
     Alphas are float32: an odd one would be rounded by half precision, and with it every change.
     """
-    tensors: dict[str, Tensor] = {}
+    stems = {network: Stems(called) for network, called in names.items()}
+    together: dict[str, list[tuple[Place, Change]]] = {}
     for change in changes:
-        called = names[change.network]
-        stem = f"{called.kohya}_{joined(called.missing_level + change.module)}"
-        for part, tensor in change.parts.items():
-            folded = part == "lokr_w1" and change.rank is None
-            tensors[f"{stem}.{part}"] = (tensor.float() * change.scale if folded else tensor).to(dtype)
-        if change.algorithm != "full":  # an alpha that nobody reads is 1
-            alpha = change.scale * change.rank if change.rank else 1.0
-            tensors[f"{stem}.{ALPHA}"] = torch.tensor(alpha, dtype=torch.float32)
+        stem, place = stems[change.network].of(change.module)
+        together.setdefault(stem, []).append((place, change))
+    tensors: dict[str, Tensor] = {}
+    for stem, parts in together.items():
+        alone = len(parts) == 1 and parts[0][0].alone
+        for part, tensor in (_alone(parts[0][1]) if alone else _fused(parts)).items():
+            tensors[f"{stem}.{part}"] = tensor.to(torch.float32 if part == ALPHA else dtype)
     return tensors
+
+
+def _alone(change: Change) -> dict[str, Tensor]:
+    """The parts of a layer."""
+    parts = dict(change.parts)
+    if change.algorithm == "full":
+        return parts
+    if "lokr_w1" in parts and change.rank is None:
+        parts["lokr_w1"] = parts["lokr_w1"].float() * change.scale
+    # an alpha that nobody reads is 1
+    return parts | {ALPHA: torch.tensor(change.scale * change.rank if change.rank else 1.0)}
+
+
+def _fused(parts: Sequence[tuple[Place, Change]]) -> dict[str, Tensor]:
+    """The parts of layers that are one; the first layer's scale is that of all."""
+    places, found = [place for place, _ in parts], [change for _, change in parts]
+    if any(change.algorithm != "loha" for change in found):
+        return {"diff": stack(places, [change.difference() for change in found])}
+    made: dict[str, Tensor] = {}
+    for number in (1, 2):
+        outer, inner = f"hada_w{number}_a", f"hada_w{number}_b"
+        folded = [change.scale / found[0].scale if number == 1 else 1.0 for change in found]
+        blocks = [change.parts[outer].float() * share for change, share in zip(found, folded, strict=True)]
+        made[outer] = diagonal(places, blocks)
+        made[inner] = torch.cat([change.parts[inner] for change in found])
+    return made | {ALPHA: torch.tensor(found[0].scale * len(made["hada_w1_b"]))}
 
 
 def unpack(tensors: Mapping[str, Tensor], names: Mapping[str, ExportNames]) -> list[Change]:
@@ -50,21 +86,42 @@ def unpack(tensors: Mapping[str, Tensor], names: Mapping[str, ExportNames]) -> l
     Raises:
         UserError: a key belongs to no layer, or a layer lacks a part.
     """
-    networks = {called.kohya: network for network, called in names.items()}
+    stems = {network: Stems(called) for network, called in names.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
         stem, _, part = key.partition(".")
-        if not any(stem.startswith(f"{prefix}_") for prefix in networks) or part not in (*_KNOWN, ALPHA):
-            expected = f"<{'|'.join(sorted(networks))}>_<module>.<{'|'.join((*_KNOWN, ALPHA))}>"
+        if network_of(stem, names) is None or part not in (*_KNOWN, ALPHA):
+            expected = f"{expected_stem(names)}.<{'|'.join((*_KNOWN, ALPHA))}>"
             raise UserError(f"unknown key {key!r}; expected {expected}")
         found.setdefault(stem, {})[part] = tensors[key]
-    return [_change(stem, parts, names) for stem, parts in found.items()]
+    made: list[Change] = []
+    for stem, parts in found.items():
+        network = network_of(stem, names) or ""
+        places = stems[network].layers(stem)
+        whole = _change(stem, network, next(iter(places)), parts)
+        made += [whole] if len(places) == 1 and places[whole.module].alone else _taken_apart(whole, places)
+    return made
 
 
-def _change(stem: str, parts: dict[str, Tensor], names: Mapping[str, ExportNames]) -> Change:
-    network = next(network for network, called in names.items() if stem.startswith(f"{called.kohya}_"))
-    called = names[network]
-    module = parted(stem.removeprefix(f"{called.kohya}_")).removeprefix(called.missing_level)
+def _taken_apart(whole: Change, places: Mapping[str, Place]) -> Iterator[Change]:
+    """The layers that are one in a file, without those that it does not change."""
+    if whole.algorithm != "loha":
+        for module, (rows, _) in taken_apart(places, whole.difference()).items():
+            if rows.any():
+                yield replace(whole, module=module, algorithm="full", parts={"diff": rows.contiguous()}, scale=1.0)
+        return
+    first, second = (taken_apart(places, whole.parts[f"hada_w{number}_a"]) for number in (1, 2))
+    for module in places:
+        (one, ranks), (two, others) = first[module], second[module]
+        if not torch.equal(ranks, others):
+            ranks = torch.arange(one.shape[1])
+        inner = {part: whole.parts[part][ranks] for part in ("hada_w1_b", "hada_w2_b")}
+        if len(ranks):
+            parts = {"hada_w1_a": one[:, ranks], "hada_w2_a": two[:, ranks], **inner}
+            yield replace(whole, module=module, parts=parts)
+
+
+def _change(stem: str, network: str, module: str, parts: dict[str, Tensor]) -> Change:
     alpha = parts.pop(ALPHA, None)
     algorithms = {_KNOWN[part] for part in parts}
     if len(algorithms) != 1:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import GuardError, UserError
-from finetune.export.lycoris import Change
 from finetune.export.lycoris_kohya import unpack
 from finetune.family import ExportNames
+from finetune.originals.tables import TABLES
 
 # component of a pipeline -> its prefixes in kohya's files
 _PREFIXES = {
@@ -30,13 +30,13 @@ def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -
     Raises:
         UserError: the pipeline has no such layer, or one of another size.
     """
-    places = dict(_places(pipeline))
-    found = _read(tensors)
+    names = dict(_names(pipeline))
+    found = unpack(tensors, names)
     for change in found:
-        stem = f"{change.network}_{change.module.replace('.', '_')}"
-        weight = getattr(places.get(stem), "weight", None)
+        network = getattr(pipeline, names[change.network].diffusers)
+        weight = dict(network.named_parameters()).get(f"{change.module}.weight")
         if weight is None:
-            raise UserError(f"the pipeline has no layer {stem}")
+            raise UserError(f"the pipeline has no layer {names[change.network].diffusers}.{change.module}")
         try:
             weight.copy_(change.changed(weight, strength))
         except GuardError as error:
@@ -44,20 +44,15 @@ def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -
     return len(found)
 
 
-def _read(tensors: Mapping[str, Tensor]) -> Sequence[Change]:
-    """The file's layers, whose networks are here called by their prefixes."""
-    prefixes = {prefix for found in _PREFIXES.values() for prefix in found}
-    return unpack(tensors, {prefix: ExportNames(prefix, prefix) for prefix in sorted(prefixes)})
-
-
-def _places(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Key stems and the layers that they mean, with and without the level that transformers has dropped."""
+def _names(pipeline: Any) -> Iterator[tuple[str, ExportNames]]:
+    """What files call the networks of a pipeline, each under its prefix."""
     for component, prefixes in _PREFIXES.items():
         network = getattr(pipeline, component, None)
         if not isinstance(network, nn.Module):
             continue
-        for path, module in network.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                for prefix in prefixes:
-                    for level in ("", "text_model."):
-                        yield f"{prefix}_{level}{path}".replace(".", "_"), module
+        settings: Any = network
+        table = TABLES.get(type(network).__name__)
+        clip = component.startswith("text_encoder") and "CLIP" in type(network).__name__
+        level = "text_model." if clip and not hasattr(network, "text_model") else ""
+        for prefix in prefixes:
+            yield prefix, ExportNames(component, prefix, level, places=table(settings.config) if table else {})

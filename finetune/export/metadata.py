@@ -17,7 +17,6 @@ from finetune.export.layers import Layer
 from finetune.family import ModelFamily
 
 OWN = "finetune."
-_WIDTHS = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}  # of the prompt's tokens
 
 
 def describe(
@@ -28,7 +27,6 @@ def describe(
     ``finetune.*`` says how it was made and of how many layers; ``modelspec.*`` is ModelSpec 1.0.1
     (https://github.com/Stability-AI/ModelSpec); ``ss_*`` are the fields that A1111 and kohya's tools read.
     """
-    width = prompt_width(layers, family)
     side = recipe.data.resolution
     own = {
         "version": __version__,
@@ -47,7 +45,7 @@ def describe(
     }
     spec = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{_WIDTHS.get(width, 'stable-diffusion-custom')}/lora",
+        "architecture": f"{family.published.architecture}/lora",
         "implementation": "diffusers",
         "title": title(recipe),
         "resolution": f"{side}x{side}",
@@ -57,11 +55,11 @@ def describe(
     }
     described = {f"{OWN}{key}": own[key] for key in own} | {f"modelspec.{key}": spec[key] for key in spec}
     if layout == "kohya" and layers:
-        described |= _kohya(layers, width, family, recipe)
+        described |= _kohya(layers, family, recipe)
     return {key: value for key, value in described.items() if value}
 
 
-def _kohya(layers: Sequence[Layer], width: int, family: ModelFamily, recipe: Recipe) -> dict[str, str]:
+def _kohya(layers: Sequence[Layer], family: ModelFamily, recipe: Recipe) -> dict[str, str]:
     rank = Counter(layer.rank for layer in layers).most_common(1)[0][0]
     alpha = str(layers[0].alpha)
     convolves = any(layer.down.shape[2:] not in ((), (1, 1)) for layer in layers)
@@ -74,8 +72,8 @@ def _kohya(layers: Sequence[Layer], width: int, family: ModelFamily, recipe: Rec
         "ss_resolution": f"({recipe.data.resolution}, {recipe.data.resolution})",
         "ss_seed": str(recipe.seed),
         "ss_steps": str(recipe.train.total_steps),
-        "ss_v2": str(width == 1024),
-        "ss_base_model_version": base_version(width, prediction(family)),
+        "ss_v2": str(family.published.shelf == "SD2"),
+        "ss_base_model_version": base_version(family),
         **objective.kohya(recipe.objective),
     }
 
@@ -91,11 +89,11 @@ def base_of(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def side_file(recipe: Recipe, width: int) -> dict[str, Any]:
+def side_file(recipe: Recipe, family: ModelFamily) -> dict[str, Any]:
     """What A1111 and Forge show beside a LoRA; they insert ``activation text`` into the prompt with it."""
     return {
         "description": title(recipe),
-        "sd version": {768: "SD1", 1024: "SD2"}.get(width, "Other"),
+        "sd version": family.published.shelf,
         "activation text": ", ".join(triggers(recipe)),
         "preferred weight": 1.0,
         "negative text": "",
@@ -127,15 +125,6 @@ def usage(recipe: Recipe) -> str:
     return f"prompt: {prompts[0]}" if prompts else ""
 
 
-def prompt_width(layers: Sequence[Layer], family: ModelFamily) -> int:
-    """Size of a prompt's token vectors, which tells SD 1 (768) from SD 2 (1024); 0 where it cannot be told."""
-    if "denoiser" in family.networks:
-        settings: Any = family.networks["denoiser"]
-        return int(settings.config.cross_attention_dim)
-    widths = [layer.down.shape[1] for layer in layers if layer.module.endswith(("attn2.to_k", "attn2.to_v"))]
-    return widths[0] if widths else 0
-
-
 def prediction(family: ModelFamily) -> str:
     """What the denoiser predicts, in diffusers' words."""
     return family.objective.prediction
@@ -151,8 +140,7 @@ def sampling(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {key: said[key] for key, kind in kinds.items() if isinstance(said, dict) and isinstance(said.get(key), kind)}
 
 
-def base_version(width: int, predicted: str) -> str:
+def base_version(family: ModelFamily) -> str:
     """What kohya's tools call the version of the base; empty for a base that is none of its kinds."""
-    if width == 1024:
-        return "sd_v2_v" if predicted == "v_prediction" else "sd_v2"
-    return "sd_v1" if width == 768 else ""
+    version = family.published.version
+    return f"{version}_v" if version == "sd_v2" and prediction(family) == "v_prediction" else version

@@ -35,16 +35,13 @@ class Overlay:
             GuardError: the trained weight is of another shape.
         """
         if name not in self._rest:
-            return self.cast(old)
+            return cast(old, self.dtype)
         new = self._rest.pop(name)
         if new.shape != old.shape:
             raise GuardError(f"{name} is {list(new.shape)}, but {list(old.shape)} in the base model")
-        self._changed = self._changed or not torch.equal(self.cast(new), self.cast(old))
-        return self.cast(new)
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """``tensor`` as it is written."""
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        written = cast(new, self.dtype)
+        self._changed = self._changed or not torch.equal(written, cast(old, self.dtype))
+        return written
 
     def finish(self, base: Path) -> None:
         """Refuse a model that is not what was trained.
@@ -58,3 +55,8 @@ class Overlay:
             )
         if not self._changed:
             raise GuardError("nothing was learned: every trained weight equals the base model's")
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, if it holds floating-point numbers."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

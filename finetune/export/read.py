@@ -190,7 +190,7 @@ def read(path: Path, names: Mapping[str, ExportNames]) -> Weights:
 
         word = read_word(found.path)
         networks = {called.words: network for network, called in names.items() if network != "denoiser"}
-        only = next(iter(networks.values()))
+        only = next(iter(networks.values()), "text_encoder")
         return Weights(
             "embedding", {f"{networks.get(key, only)}.{word.token}": rows for key, rows in word.parts.items()}
         )

@@ -12,102 +12,100 @@ from typing import Any
 
 from torch import nn
 
-from finetune.export.names import parted
+from finetune.export.names import Stems, parted
 from finetune.family import ExportNames
+from finetune.originals import Places
+from finetune.originals import unet as original
 
 Networks = Mapping[str, nn.Module]
 Names = Mapping[str, ExportNames]
 
+# classes inside which kohya's tools look
 _BLOCKS = {"Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"}
-_TEXT_BLOCKS = {"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"}
+_JOINT_BLOCKS = {"JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
+_TEXT_BLOCKS = {"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP", "T5Attention", "T5DenseGatedActDense"}
+
+_TEXT_LAYER = re.compile(
+    r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+    r"|encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.w(i_0|i_1|o))"
+)
 _RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
+    "norm1": "in_layers_0",
+    "conv1": "in_layers_2",
+    "time_emb_proj": "emb_layers_1",
+    "norm2": "out_layers_0",
+    "conv2": "out_layers_3",
     "conv_shortcut": "skip_connection",
-}
-_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
 }
 
 
 def kohya(networks: Networks, names: Names) -> dict[str, str]:
-    """Stems that kohya's LoRA module creates: linear and convolution layers inside blocks of certain classes.
+    """Stems that kohya's LoRA modules create: linear and convolution layers inside blocks of certain classes. Of SDXL
+    diffusers' names are read as well.
 
     Returns:
-        Key stem -> canonical module name.
+        Key stem -> canonical module name; of several that are one layer there, the last one's.
     """
     found = {}
     for network, module in networks.items():
-        blocks = _BLOCKS if network == "denoiser" else _TEXT_BLOCKS
+        blocks = _BLOCKS | _JOINT_BLOCKS if network == "denoiser" else _TEXT_BLOCKS
+        stems = Stems(names[network])
         for path in _inside(module, blocks):
-            found[_stem(names[network], path)] = f"{network}.{path}"
+            found[stems.of(path)[0]] = f"{network}.{path}"
+            if network == "denoiser" and is_unet(module):
+                found[f"{names[network].kohya}_{path.replace('.', '_')}"] = f"{network}.{path}"
     return found
 
 
 def comfyui(networks: Networks, names: Names) -> dict[str, str]:
-    """Stems that ComfyUI derives by walking the original U-Net's layers under diffusers' names."""
+    """Stems that ComfyUI makes of the layers that the original model has, and of diffusers' names for a U-Net's."""
     found = {}
     for network, module in networks.items():
+        stems, known = Stems(names[network]), names[network].places or _original(module)
         for path in _layers(module):
-            known = ldm_name(path, module) if network == "denoiser" else _text_layer(path)
-            if known:
-                found[_stem(names[network], path)] = f"{network}.{path}"
+            if path in known if network == "denoiser" else _TEXT_LAYER.fullmatch(path):
+                found[stems.of(path)[0]] = f"{network}.{path}"
+                if network == "denoiser" and is_unet(module):
+                    found[f"{names[network].kohya}_{path.replace('.', '_')}"] = f"{network}.{path}"
     return found
 
 
 def a1111(networks: Networks, names: Names) -> dict[str, str]:
-    """Stems that A1111 rewrites, by patterns on the key itself, into names of the original U-Net's layers.
+    """Stems that A1111 looks up among the original U-Net's layers, or rewrites into their names by patterns.
 
-    It knows the block counts of SD 1 and 2 alone; of another model they are taken from the model.
+    It knows the block counts of the published models alone; of another model they are taken from the model. It runs no
+    transformer as a denoiser.
     """
-    found = {}
+    found: dict[str, str] = {}
     for network, module in networks.items():
-        unet = network == "denoiser"
-        names_there = (ldm_name(path, module) for path in _layers(module)) if unet else ()
-        original = {name.replace(".", "_") for name in names_there if name}
-        for path in _layers(module):
-            stem = _stem(names[network], path)
-            if a1111_name(stem, module) in original if unet else _text_layer(path):
-                found[stem] = f"{network}.{path}"
+        prefix = names[network].kohya
+        if network != "denoiser":
+            stems = Stems(names[network])
+            found |= {stems.of(path)[0]: f"{network}.{path}" for path in _layers(module) if _TEXT_LAYER.fullmatch(path)}
+        elif is_unet(module):
+            known = _original(module)
+            xl, there = bool(names[network].places), {place.path.replace(".", "_") for place in known.values()}
+            for path, place in known.items():
+                ours, theirs = (f"{prefix}_{name.replace('.', '_')}" for name in (path, place.path))
+                if xl:
+                    found[theirs] = f"{network}.{path}"
+                # its pattern for this layer is that of SD 1, where the first level does not attend
+                lost = xl and path == "up_blocks.0.upsamplers.0.conv"
+                if a1111_name(ours, module) in there and not lost:
+                    found[ours] = f"{network}.{path}"
     return found
 
 
 TOOLS: Mapping[str, Callable[[Networks, Names], dict[str, str]]] = {"kohya": kohya, "comfyui": comfyui, "a1111": a1111}
 
 
-def ldm_name(path: str, unet: nn.Module) -> str | None:
-    """What the original Stable Diffusion code calls a layer of ``UNet2DConditionModel``; None where it has none."""
-    if path in _TOP:
-        return _TOP[path]
-    parts = path.split(".")
-    if parts[0] == "mid_block" and len(parts) > 3:
-        place = {("resnets", "0"): 0, ("attentions", "0"): 1, ("resnets", "1"): 2}.get((parts[1], parts[2]))
-        return None if place is None else _inner(f"middle_block.{place}", parts[1], parts[3:])
-    if parts[0] not in ("down_blocks", "up_blocks") or len(parts) < 5:
-        return None
-    per_level = _layers_per_block(unet) + 1
-    level, kind, index = int(parts[1]), parts[2], int(parts[3])
-    if kind == "downsamplers":
-        return f"input_blocks.{per_level * (level + 1)}.0.op"
-    if kind == "upsamplers":
-        return f"output_blocks.{per_level * level + per_level - 1}.{_upsampler_place(level, unet)}.conv"
-    prefix, first = ("input_blocks", 1) if parts[0] == "down_blocks" else ("output_blocks", 0)
-    block = f"{prefix}.{first + per_level * level + index}.{0 if kind == 'resnets' else 1}"
-    return _inner(block, kind, parts[4:])
-
-
 def a1111_name(stem: str, unet: nn.Module) -> str | None:
-    """The original U-Net's layer, dots as underscores, that A1111 takes a key stem for; None where no pattern fits."""
+    """The original U-Net's layer, dots as underscores, that A1111 takes a key stem in diffusers' names for; None where
+    no pattern fits.
+    """
     per_level = _layers_per_block(unet) + 1
     if found := re.fullmatch(r"lora_unet_(conv_in|conv_out|time_embedding_linear_[12])", stem):
-        return _TOP[parted(found[1])].replace(".", "_")
+        return original.places({})[parted(found[1])].path.replace(".", "_")
     if found := re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_(resnets|attentions)_(\d+)_(.+)", stem):
         way, level, kind, index, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
         prefix, first = ("input_blocks", 1) if way == "down" else ("output_blocks", 0)
@@ -119,34 +117,36 @@ def a1111_name(stem: str, unet: nn.Module) -> str | None:
         return f"input_blocks_{per_level * (int(found[1]) + 1)}_0_op"
     if found := re.fullmatch(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", stem):
         level = int(found[1])
-        return f"output_blocks_{per_level * level + per_level - 1}_{_upsampler_place(level, unet)}_conv"
+        place = 2 if "CrossAttn" in _config(unet)["up_block_types"][level] else 1  # behind attention layers
+        return f"output_blocks_{per_level * level + per_level - 1}_{place}_conv"
     return None
 
 
-def standard_geometry(unet: nn.Module) -> bool:
-    """Whether the blocks are those of SD 1 and 2, the only ones that A1111 and ComfyUI can run."""
-    kinds = tuple(_config(unet)["down_block_types"])
-    return kinds == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",) and _layers_per_block(unet) == 2
+def standard_geometry(denoiser: nn.Module) -> bool:
+    """Whether the blocks are those of a published model, the only ones that A1111 and ComfyUI can run."""
+    if not is_unet(denoiser):
+        return int(_config(denoiser)["num_attention_heads"]) >= 24  # the smallest is SD 3 medium
+    kinds, deep = tuple(_config(denoiser)["down_block_types"]), _config(denoiser)["transformer_layers_per_block"]
+    attends, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    published = [((attends, attends, attends, plain), 1), ((plain, attends, attends), [1, 2, 10])]
+    return (kinds, deep if isinstance(deep, int) else list(deep)) in published and _layers_per_block(denoiser) == 2
 
 
-def _inner(block: str, kind: str, rest: list[str]) -> str | None:
-    """Inside a block: attention layers keep their names, those of resnets have others."""
-    if kind == "attentions":
-        return f"{block}.{'.'.join(rest)}"
-    return f"{block}.{_RESNET[rest[0]]}" if rest[0] in _RESNET else None
+def is_unet(denoiser: nn.Module) -> bool:
+    """Whether a denoiser is the U-Net of Stable Diffusion 1, 2 and XL."""
+    return type(denoiser).__name__ == "UNet2DConditionModel"
+
+
+def _original(unet: nn.Module) -> Places:
+    """Places of the layers that a U-Net has, by diffusers' paths; none of another denoiser."""
+    if not is_unet(unet):
+        return {}
+    there = set(_layers(unet))
+    return {path: place for path, place in original.places(_config(unet)).items() if path in there}
 
 
 def _suffix(kind: str, rest: str) -> str:
-    return _RESNET.get(rest, rest).replace(".", "_") if kind == "resnets" else rest
-
-
-def _stem(called: ExportNames, path: str) -> str:
-    return f"{called.kohya}_{called.missing_level}{path}".replace(".", "_")
-
-
-def _text_layer(path: str) -> bool:
-    pattern = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
-    return re.fullmatch(pattern, path) is not None
+    return _RESNET.get(rest, rest) if kind == "resnets" else rest
 
 
 def _layers(module: nn.Module) -> Iterator[str]:
@@ -161,16 +161,11 @@ def _inside(module: nn.Module, blocks: set[str]) -> Iterator[str]:
             yield from (f"{outer}.{path}" for path in _layers(block))
 
 
-def _upsampler_place(level: int, unet: nn.Module) -> int:
-    """Position in its block: behind the attention layers, where the level has any."""
-    return 2 if "CrossAttn" in _config(unet)["up_block_types"][level] else 1
-
-
 def _layers_per_block(unet: nn.Module) -> int:
     count = _config(unet)["layers_per_block"]
     return int(count if isinstance(count, int) else count[0])
 
 
-def _config(unet: nn.Module) -> Mapping[str, Any]:
-    settings: Any = unet
+def _config(denoiser: nn.Module) -> Mapping[str, Any]:
+    settings: Any = denoiser
     return settings.config  # type: ignore[no-any-return]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from finetune.adapter import Weights
 from finetune.errors import UserError, nearest
+from finetune.export.base import load_base
 from finetune.export.checks import Report, Verification
 from finetune.export.kinds import kind
-from finetune.export.read import identify
+from finetune.export.read import Identity, identify
 
 READERS = ("diffusers", "peft", "kohya", "comfyui", "a1111")
 
@@ -40,5 +41,14 @@ def verify(
     report = Report()
     if found := report.run("readable", lambda: identify(path), lambda found: f"{found.kind}, layout {found.layout}"):
         one = kind(found.kind)
-        one.check(report, found, base, against or one.readers(found.layout), weights)
+        one.check(report, found, base, against or _readers(found, base), weights)
     return Verification(found.path if found else path, tuple(report.checks))
+
+
+def _readers(found: Identity, base: str | None) -> tuple[str, ...]:
+    """The tools that a file is for: those of its layout, without those that read none of its family's in it."""
+    meant = kind(found.kind).readers(found.layout)
+    if found.layout not in ("kohya", "difference", "bundle"):
+        return meant
+    unread = load_base(found, base).export_names["denoiser"].unread_by
+    return tuple(tool for tool in meant if tool not in unread)

@@ -1,14 +1,16 @@
-"""New words put into a diffusers pipeline: into each of its text encoders, by diffusers' own loader."""
+"""New words put into each text encoder of a diffusers pipeline, by diffusers' own loader where there is one."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.export.embedding import ALONE, Stored
-from finetune.family import pool_at_end
+from finetune.families.words import write_out
+from finetune.family import add_tokens, pool_at_end
 
 _SUFFIXES = ("", "_2", "_3")  # of a pipeline's text encoders and tokenizers
 _CLIPS = ("clip_l", "clip_g")
@@ -48,10 +50,36 @@ def load_word(pipeline: Any, stored: Stored) -> None:
     if parts.keys() != found.keys():
         held, wanted = (", ".join(one or "one text encoder" for one in keys) for keys in (parts, found))
         raise UserError(f"{stored.token!r} has vectors for {held}; the base has {wanted}")
+    load = getattr(pipeline, "load_textual_inversion", None)
     for name, rows in parts.items():
         encoder, tokenizer = found[name]
-        with torch.random.fork_rng(devices=[]):  # transformers draws rows that are then replaced
-            pipeline.load_textual_inversion(
-                {stored.token: rows}, token=stored.token, text_encoder=encoder, tokenizer=tokenizer
-            )
+        if load is None:
+            _place(encoder, tokenizer, stored.token, rows)
+        else:
+            with torch.random.fork_rng(devices=[]):  # transformers draws rows that are then replaced
+                load({stored.token: rows}, token=stored.token, text_encoder=encoder, tokenizer=tokenizer)
         pool_at_end(encoder, tokenizer)
+    if load is None and stored.vectors > 1:
+        whole = " ".join(_tokens(stored.token, stored.vectors))
+        write_out(pipeline, lambda text: text.replace(stored.token, whole))
+
+
+@torch.no_grad()
+def _place(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> None:
+    """Put ``rows`` [n, D] behind the table of ``encoder``, under the names that diffusers would give them."""
+    tokens = _tokens(token, len(rows))
+    if known := [one for one in tokens if one in tokenizer.get_vocab()]:
+        raise UserError(f"{known[0]!r} is a word that the base knows already")
+    width = encoder.get_input_embeddings().embedding_dim
+    if rows.shape[1] != width:
+        raise UserError(f"the vectors of {token!r} are {rows.shape[1]} wide, the base's {width}")
+    ids = add_tokens(tokenizer, tokens)
+    with torch.random.fork_rng(devices=[]):
+        size = max(encoder.get_input_embeddings().num_embeddings, ids[-1] + 1)
+        encoder.resize_token_embeddings(size, mean_resizing=False)
+    table = encoder.get_input_embeddings().weight
+    table[ids] = rows.to(table)
+
+
+def _tokens(token: str, vectors: int) -> list[str]:
+    return [token, *(f"{token}_{place}" for place in range(1, vectors))]

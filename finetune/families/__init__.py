@@ -59,11 +59,20 @@ def load_family(
     folder = model_folder(config)
     disable_progress_bar()  # of transformers, one per file loaded: it would tear the run's own
     kind = _named(config.family) if config.family else _detect(folder)
+    if config.prompt_chunks > 1 and kind.chunks is not None:
+        raise UserError(
+            f"model.prompt_chunks: {config.prompt_chunks} has no place in {kind.name}: {kind.chunks.reason}"
+        )
     family: ModelFamily = kind(folder, source=config.path)
-    family.objective = refined(family.process, objective or ObjectiveConfig())
+    wanted = objective or ObjectiveConfig()
+    family.objective = refined(family.process, wanted)
     family.sampling = family.objective.sampling
     family.device = torch.device(device)
     family.prompt_chunks = config.prompt_chunks
+    if wanted.guidance is not None:
+        if family.guidance is None:
+            raise UserError(f"objective.guidance: is for guidance-distilled models; {config.path} is told none")
+        family.guidance = wanted.guidance
     return family
 
 

@@ -36,6 +36,18 @@ def penultimate(encoder: Any, tokenizer: Any, texts: Sequence[str], chunks: int 
     return long_prompts.read(tokenizer, texts, chunks, encode)
 
 
+def pooled(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """The encoder's state at the end of each text, [N, D]: all of a CLIP that Flux reads."""
+
+    def encode(ids: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        answer = encoder(ids.to(encoder.device))
+        return answer.last_hidden_state, answer.pooler_output
+
+    found = long_prompts.read(tokenizer, texts, 1, encode).pooled
+    assert found is not None
+    return found
+
+
 def last_layer(settings: Mapping[str, Any]) -> Sequence[str]:
     """Patterns of what the hidden states before a CLIP text encoder's last layer do not depend on."""
     return (rf"(^|\.)encoder\.layers\.{settings['num_hidden_layers'] - 1}\.", r"(^|\.)final_layer_norm\b")

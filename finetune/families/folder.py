@@ -8,7 +8,7 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
 from finetune.families.schedulers import with_settings
-from finetune.family import ExportNames, Sites, Unsupported, Vocabulary
+from finetune.families.words import write_out
+from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
-from finetune.objectives import Denoising, process_of
+from finetune.objectives import Denoising, Process, process_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Part:
         subfolder: where it lies; also its name in diffusers' pipelines.
         kind: library and class: "diffusers.UNet2DConditionModel".
         tokenizer: the subfolder of a text encoder's tokenizer.
+        settings: in place of what its ``config.json`` says.
     """
 
     subfolder: str
     kind: str
     tokenizer: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def type(self) -> Any:
@@ -54,7 +57,7 @@ class DiffusersFolder(ABC):
         source: what a recipe's ``model.path`` calls the model.
 
     Raises:
-        UserError: a part is missing, or the scheduler says of no process that is known.
+        UserError: a part is missing, or the scheduler is none that can be trained with.
     """
 
     name: ClassVar[str]
@@ -68,12 +71,22 @@ class DiffusersFolder(ABC):
     """As in ``finetune.family.Sites``."""
     space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
     """Why there is no ``shared_space``; None where there is one."""
-    flow_unit: ClassVar[float] = 1000.0
-    flow_patch: ClassVar[int] = 2
-    """``unit`` and ``patch`` of ``finetune.objectives.flow.Flow``, where the model is one of flow matching."""
+    chunks: ClassVar[Unsupported | None] = Unsupported("its prompts are not read by CLIPs alone")
+    """Why no prompt takes several ``prompt_chunks``; None where it does."""
 
+    time_unit: ClassVar[float] = 1000.0
+    """Of flow matching: the denoiser is told so many times ``sigma``."""
+    patch: ClassVar[int] = 2
+    """Latent cells along a side of an image token, where the denoiser has tokens."""
+
+    guidance: float | None = None
+    """What a guidance-distilled denoiser is told in training."""
+
+    process: Process
+    objective: Objective
     sites: Sites
     export_names: Mapping[str, ExportNames]
+    published: Published = Published()
     pixel_multiple: int
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
@@ -82,21 +95,24 @@ class DiffusersFolder(ABC):
         self.networks = nn.ModuleDict()
         self.device = torch.device("cpu")
         self.prompt_chunks = 1
+        self.sampling: Mapping[str, Any] = {}
+        self.components = {network: part.subfolder for network, part in self.parts.items()}
         self.text_encoders: Sequence[str] = tuple(name for name, part in self.parts.items() if part.tokenizer)
         for network, part in self.parts.items():
             if not (folder / part.subfolder / "config.json").is_file():
                 raise UserError(f"{folder}: the {network} is missing: no {part.subfolder}/config.json")
         self.settings = {name: read_json(folder / part.subfolder / "config.json") for name, part in self.parts.items()}
-        self.latent_channels: int = self.settings["vae"].get("latent_channels", 4)
-        self.latent_scale: int = 2 ** (len(self.settings["vae"]["block_out_channels"]) - 1)
+        self.latent_channels, self.latent_scale = self.latent_size(self.settings["vae"])
+        self.process = process_of(self.scheduler(), folder / "scheduler", unit=self.time_unit, patch=self.patch)
+        self.objective = Denoising(self.process)
         self.tokenizers = {
             name: load_tokenizer(folder, self.parts[name].tokenizer or "") for name in self.text_encoders
         }
         self.vocabularies = {name: Vocabulary(one, name) for name, one in self.tokenizers.items()}
-        self.sampling: Mapping[str, Any] = {}
-        where = folder / "scheduler"
-        self.process = process_of(self.scheduler(), where, unit=self.flow_unit, patch=self.flow_patch)
-        self.objective: Objective = Denoising(self.process)
+
+    def latent_size(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Numbers per latent cell and pixels along its side, as the autoencoder's ``settings`` say them."""
+        return settings.get("latent_channels", 4), 2 ** (len(settings["block_out_channels"]) - 1)
 
     def scheduler(self) -> Any:
         """A fresh copy of the folder's scheduler, with the settings of ``sampling``."""
@@ -125,6 +141,7 @@ class DiffusersFolder(ABC):
                 torch_dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                **part.settings,
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
@@ -147,7 +164,7 @@ class DiffusersFolder(ABC):
             part = self.parts[network]
             folders = [part.subfolder, *([part.tokenizer] if part.tokenizer else [])]
             for file in sorted(file for name in folders for file in (self.folder / name).iterdir()):
-                if file.suffix in {".json", ".txt", ".safetensors", ".model"}:
+                if file.suffix in {".json", ".txt", ".jinja", ".safetensors", ".model"}:
                     digest.update(f"{file.name} {file_digest(file)}\n".encode())
         return digest.hexdigest()
 
@@ -161,8 +178,8 @@ class DiffusersFolder(ABC):
     def scale(self, latents: Tensor) -> Tensor:
         """``(latents - shift) * scaling_factor``, or the per-channel form where the autoencoder's settings have one."""
         settings = self.settings["vae"]
-        factor = settings.get("scaling_factor", 0.18215)
         mean, std = settings.get("latents_mean"), settings.get("latents_std")
+        factor = settings.get("scaling_factor", 0.18215 if mean is None else 1.0)
         if mean is not None and std is not None:
             mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
             return (latents - mean) * factor / std
@@ -193,6 +210,10 @@ class DiffusersFolder(ABC):
                 # non-reentrant: gradients then reach the weights although no input asks for one
                 self.networks[network].gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+        """As most pipelines call it."""
+        return {"guidance_scale": scale}
+
     def pipeline(self) -> Any:
         """An ordinary pipeline around the networks in memory, with a fresh scheduler from the folder."""
         self.require(*self.parts)
@@ -202,7 +223,10 @@ class DiffusersFolder(ABC):
         pipeline = kind(**parts, **tokenizers, scheduler=self.scheduler(), **self.pipeline_settings())
         if any(vocabulary.words for vocabulary in self.vocabularies.values()):
             # diffusers' own inserts all tokens of a word, also those of a growing word that are still to come
-            pipeline.maybe_convert_prompt = self._expand
+            if hasattr(pipeline, "maybe_convert_prompt"):
+                pipeline.maybe_convert_prompt = self._expand
+            else:
+                write_out(pipeline, self.vocabularies[self.text_encoders[0]].expand)
         return pipeline.to(next(self.networks["denoiser"].parameters()).device)
 
     def pipeline_settings(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ behind the other. A caption is cut where it is full, or behind a comma of its la
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
@@ -110,6 +111,7 @@ def attach(pipeline: Any, read: Callable[[Sequence[str]], Conditioning], unguide
     """
     plain = pipeline.encode_prompt
 
+    @functools.wraps(plain)  # readers of its signature see the pipeline's own
     def encode_prompt(*arguments: Any, **named: Any) -> tuple[Tensor | None, ...]:
         bound = inspect.signature(plain).bind(*arguments, **named)
         bound.apply_defaults()

@@ -15,7 +15,13 @@ from finetune.families import clip_text, unet
 from finetune.families.clip import shared_space
 from finetune.families.folder import Part
 from finetune.families.unet import UNetFolder
-from finetune.family import ExportNames, Sites, Unsupported
+from finetune.family import ExportNames, Published, Sites, Unsupported
+
+_PUBLISHED = {
+    768: Published("stable-diffusion-v1", "sd_v1", "SD1"),
+    1024: Published("stable-diffusion-v2", "sd_v2", "SD2"),
+}
+"""By the size of a prompt's token vectors."""
 
 
 class SD(UNetFolder):
@@ -38,6 +44,7 @@ class SD(UNetFolder):
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
         self.tokenizer = self.tokenizers["text_encoder"]
+        self.published = _PUBLISHED.get(self.settings["denoiser"].get("cross_attention_dim", 0), Published())
         self.sites = Sites(
             linears=unet.linears(self.text_encoders),
             selections=unet.selections(self.text_encoders),

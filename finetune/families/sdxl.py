@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from finetune.errors import UserError
 from finetune.families import clip_text, unet
 from finetune.families.folder import Part, read_json
 from finetune.families.unet import UNetFolder
-from finetune.family import ExportNames, Sites, Unsupported
+from finetune.family import ExportNames, Published, Sites, Unsupported
+from finetune.originals import unet as original
 
+_WIDTH = 2048  # of the token vectors of the published model
 _UNSHARED = Unsupported("it reads states from within its CLIPs, and not what they compare with pictures")
 
 
@@ -59,10 +62,12 @@ class SDXL(UNetFolder):
         )
         levels = {name: unet.missing_level(self.parts[name]) for name in self.text_encoders}
         self.export_names = {
-            "denoiser": ExportNames("unet", "lora_unet"),
+            "denoiser": ExportNames("unet", "lora_unet", places=original.places(self.settings["denoiser"])),
             "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
         }
+        if self.settings["denoiser"].get("cross_attention_dim") == _WIDTH:
+            self.published = Published("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL")
         self.unguided_is_zero: bool = index.get("force_zeros_for_empty_prompt", True)
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
@@ -77,6 +82,13 @@ class SDXL(UNetFolder):
         said = torch.tensor([caption != "" for caption in captions], device=found.tokens.device)
         assert found.pooled is not None
         return replace(found, tokens=found.tokens * said[:, None, None], pooled=found.pooled * said[:, None])
+
+    def fingerprint(self, *networks: str) -> str:
+        """As elsewhere; a text encoder's says too whether the empty caption is zeros."""
+        found = super().fingerprint(*networks)
+        if self.unguided_is_zero or not set(networks) & set(self.text_encoders):
+            return found
+        return hashlib.sha256(f"{found}, the empty caption is read".encode()).hexdigest()
 
     def read(self, texts: Sequence[str]) -> Conditioning:
         """As ``encode_prompt``, the empty text like any other."""

@@ -65,7 +65,7 @@ def drawn(seed: int) -> Iterator[None]:
         yield
 
 
-def autoencoder(channels: int) -> AutoencoderKL:
+def autoencoder(channels: int, **settings: Any) -> AutoencoderKL:
     """Two pixels per latent cell."""
     return AutoencoderKL(
         block_out_channels=(8, 8),
@@ -74,7 +74,19 @@ def autoencoder(channels: int) -> AutoencoderKL:
         latent_channels=channels,
         norm_num_groups=4,
         sample_size=16,
+        **settings,
     ).eval()
+
+
+def unquantised(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """As of SD 3 and Flux: latents are shifted, and no layer stands between them and the rest."""
+    return autoencoder(
+        4,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def clip_text(kind: Callable[[CLIPTextConfig], Any] = CLIPTextModel, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.family import ModelFamily
 
-_SHORT_WORD = re.compile(r"([a-z]{2,4})</w>")
+_SHORT_WORD = re.compile(r"[Ġ▁]?([a-z]{2,4})(?:</w>)?")  # vocabularies mark where words end, or the space before them
 
 
 class RareToken(NamedTuple):
@@ -26,7 +26,7 @@ def rare_tokens(tokenizer: Any, embedding: Tensor | None = None, count: int = 20
     """The rarest words of two to four letters that are one token each, rarest first.
 
     Args:
-        tokenizer: of a CLIP text encoder.
+        tokenizer: of a text encoder.
         embedding: its table, float [V, D].
     """
     found = []
@@ -40,8 +40,8 @@ def rare_tokens(tokenizer: Any, embedding: Tensor | None = None, count: int = 20
 
 
 def pieces(tokenizer: Any, text: str) -> list[str]:
-    """The tokens of ``text`` without start and end."""
-    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+    """The tokens of ``text`` in the middle of a sentence."""
+    return tokenizer.convert_ids_to_tokens(tokenizer(f" {text}", add_special_tokens=False).input_ids)
 
 
 def check_trigger(family: ModelFamily, trigger: str, class_prompt: str | None) -> list[str]:
@@ -50,7 +50,7 @@ def check_trigger(family: ModelFamily, trigger: str, class_prompt: str | None) -
     for vocabulary in family.sites.vocabularies:
         parts = pieces(vocabulary.tokenizer, trigger)
         if len(parts) > 1:
-            shown = " + ".join(part.removesuffix("</w>") for part in parts)
+            shown = " + ".join(filter(None, (part.removesuffix("</w>").lstrip("Ġ▁") for part in parts)))
             rare = ", ".join(token.word for token in rare_tokens(vocabulary.tokenizer, count=3))
             warnings.append(f"{trigger!r} is {len(parts)} tokens ({shown}), a rare single one learns faster: {rare}")
     if class_prompt and trigger.lower() in re.findall(r"\w+", class_prompt.lower()):

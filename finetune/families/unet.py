@@ -14,25 +14,20 @@ from transformers import CLIPTextConfig
 
 from finetune.batch import Conditioning
 from finetune.errors import UserError
-from finetune.families import long_prompts
+from finetune.families import long_prompts, patterns
 from finetune.families.folder import DiffusersFolder, Part
+from finetune.families.lengths import Lengths
 from finetune.family import Unsupported, Vocabulary
 
 READERS = ("attn2.to_k", "attn2.to_v")
 """Layers that read the prompt."""
 
-Patterns = Mapping[str, Mapping[str, Sequence[str]]]
-
 _ATTENTION = [r".*\.attn[12]\.to_(q|k|v|out\.0)"]
 _WIDE = [*_ATTENTION, r".*\.attentions\.\d+\.proj_(in|out)", r".*\.ff\.net\.(0\.proj|2)"]
 _CONV = [*_WIDE, r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)", r".*\.(down|up)samplers\.0\.conv"]
-CLIP_ATTENTION = [r".*\.self_attn\.(q|k|v|out)_proj"]
-CLIP_WIDE = [*CLIP_ATTENTION, r".*\.mlp\.fc[12]"]
-CLIP_LAYERS = [r"(^|\.)encoder\.", r"(^|\.)final_layer_norm\."]
-_NORMS = [r"norm\w*\.weight$", r"bias$"]
 
 
-def linears(text_encoders: Sequence[str]) -> Patterns:
+def linears(text_encoders: Sequence[str]) -> patterns.Patterns:
     """``Sites.linears`` of a U-Net with these text encoders."""
     unet = {
         "attention": _ATTENTION,
@@ -41,30 +36,22 @@ def linears(text_encoders: Sequence[str]) -> Patterns:
         "wide": _WIDE,
         "conv": _CONV,
     }
-    text = {preset: CLIP_WIDE if preset in ("wide", "conv") else CLIP_ATTENTION for preset in unet}
-    return _beside(unet, text, text_encoders)
+    return patterns.linears(unet, text_encoders, wide=("wide", "conv"))
 
 
-def selections(text_encoders: Sequence[str]) -> Patterns:
+def selections(text_encoders: Sequence[str]) -> patterns.Patterns:
     """``Sites.selections`` of a U-Net with these text encoders."""
     unet = {
         "all": [""],
         "attention": [r"\.attn[12]\."],
         "cross-attention": [r"\.attn2\."],
         "cross-kv": [r"\.attn2\.to_[kv]\."],
-        "norm-bias": _NORMS,
+        "norm-bias": patterns.NORMS,
         "down": [r"^down_blocks\."],
         "mid": [r"^mid_block\."],
         "up": [r"^up_blocks\."],
     }
-    text = {preset: {"all": [""], "norm-bias": _NORMS}.get(preset, CLIP_LAYERS) for preset in unet}
-    return _beside(unet, text, text_encoders)
-
-
-def _beside(
-    unet: Mapping[str, Sequence[str]], text: Mapping[str, Sequence[str]], text_encoders: Sequence[str]
-) -> Patterns:
-    return {preset: {"denoiser": found, **dict.fromkeys(text_encoders, text[preset])} for preset, found in unet.items()}
+    return patterns.selections(unet, text_encoders)
 
 
 class UNetFolder(DiffusersFolder):
@@ -75,6 +62,7 @@ class UNetFolder(DiffusersFolder):
     """
 
     readers: ClassVar[tuple[str, str] | Unsupported] = READERS
+    chunks: ClassVar[Unsupported | None] = None
     unguided_is_zero: bool = False
     """Whether zeros stand in place of a prompt that guides away, where there is none."""
 
@@ -83,6 +71,7 @@ class UNetFolder(DiffusersFolder):
         network = self.settings["denoiser"]
         if network.get("in_channels", 4) != self.latent_channels:
             raise UserError(f"{folder}: the U-Net does not read plain latents; inpainting models cannot be trained")
+        self._lengths = Lengths(self._vocabulary.tokenizer)
         self.pixel_multiple = self.latent_scale * 2 ** (len(network["block_out_channels"]) - 1)
 
     @abstractmethod
@@ -95,11 +84,14 @@ class UNetFolder(DiffusersFolder):
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens of ``caption`` are cut off, where ``words`` are as many tokens as they say."""
+        if self.prompt_chunks == 1 and not words:  # a million captions are counted, not cut
+            return max(0, self._lengths(caption) + 2 - int(self._vocabulary.tokenizer.model_max_length))
         return self._split(caption, words).lost
 
     def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """A whole number of chunks, padding included."""
-        return len(self._split(caption, words).chunks) * int(self._vocabulary.tokenizer.model_max_length)
+        chunks = 1 if self.prompt_chunks == 1 else len(self._split(caption, words).chunks)
+        return chunks * int(self._vocabulary.tokenizer.model_max_length)
 
     def pipeline(self) -> Any:
         """An ordinary pipeline around the networks in memory, which reads long prompts as training does."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.adapters import attach
 from finetune.aesthetic import require_space
@@ -27,18 +25,17 @@ from finetune.config.summary import summary
 from finetune.data import sources
 from finetune.data.batches import Batches
 from finetune.data.encode import Latents, Prompts
-from finetune.data.entries import draws_per_epoch, shapes, subject_entries
+from finetune.data.entries import draws_per_epoch, shapes
 from finetune.data.folders import picture_files
-from finetune.data.preparation import check_resolution
-from finetune.data.prior import ClassImages as Drawing
-from finetune.data.prior import class_prompts, foreseen
+from finetune.data.preparation import check_fit
+from finetune.data.prior import class_prompts, drawn_for, foreseen
 from finetune.data.processes import Alone
 from finetune.errors import UserError
 from finetune.export.kinds import aesthetic, embedding, full, hypernetwork, lora, lycoris, pivotal
 from finetune.export.read import MODEL
 from finetune.families import load_family, model_folder
 from finetune.families.tokens import check_trigger
-from finetune.family import ModelFamily
+from finetune.family import ExportNames, ModelFamily
 from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
 from finetune.plan.memory import adaptation, estimate
 from finetune.plan.skeleton import fill, parameters
@@ -54,7 +51,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             resolution or layer pattern that does not fit. Training would find the same.
     """
     family = load_family(recipe.model, recipe.objective)
-    check_resolution(recipe, family)
+    check_fit(recipe, family)
     found = sources.scan(recipe.data, captioned=recipe.adapter.kind != "aesthetic", words=new_words(recipe.adapter))
     fill(family, model_folder(recipe.model))
     networks = {name: parameters(network) for name, network in family.networks.items()}
@@ -76,12 +73,12 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         networks=networks,
         trainable=trainable,
         concepts=tuple(map(_concept, found)),
-        shapes=tuple(shapes(itertools.chain.from_iterable(subject_entries(recipe.data, found)))),
+        shapes=tuple(shapes(batches.subjects)),
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
         memory=estimate(recipe, family, networks, groups, processes, longest),
-        output=_output(recipe),
+        output=_output(recipe, family.export_names),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
     )
 
@@ -103,14 +100,16 @@ def _untrained(recipe: Recipe, family: ModelFamily, found: Sequence[sources.Conc
         class_images=(),
         caches=(),
         memory=adaptation(networks, family.text_encoders),
-        output=_output(recipe),
+        output=_output(recipe, family.export_names),
         notes=notes,
     )
 
 
 def _concept(found: sources.Concept) -> Concept:
     pictures, config = found.pictures, found.config
-    sizes = sorted(((p.facts.width, p.facts.height) for p in pictures), key=lambda size: size[0] * size[1])
+    smallest, largest = (
+        end((p.facts for p in pictures), key=lambda facts: facts.width * facts.height) for end in (min, max)
+    )
     told = Counter("the prompt" if p.captions == (config.prompt,) else "their own" for p in pictures)
     return Concept(
         source=config.source,
@@ -118,8 +117,8 @@ def _concept(found: sources.Concept) -> Concept:
         repeats=config.repeats,
         captions=dict(told),
         example=pictures[0].captions[0],
-        smallest=sizes[0],
-        largest=sizes[-1],
+        smallest=(smallest.width, smallest.height),
+        largest=(largest.width, largest.height),
         masked=sum(picture.mask is not None for picture in pictures),
         bytes=found.bytes,
         trigger=config.trigger,
@@ -152,7 +151,7 @@ def _class_images(recipe: Recipe, family: ModelFamily, found: Sequence[sources.C
     own = Path(prior.folder) if prior.folder is not None else None
     pictures = picture_files(own, "prior.folder")[0] if own is not None and own.is_dir() else []
     for prompt in class_prompts(found):
-        folder = own if own is not None and pictures else Drawing(recipe, prior, family, prompt).folder
+        folder = own if own is not None and pictures else drawn_for(recipe, prior, family, prompt).folder
         present = len(pictures) or sum(1 for _ in folder.glob("*.png"))
         yield ClassImages(prompt=prompt, folder=str(folder), needed=prior.count, present=min(present, prior.count))
 
@@ -162,8 +161,7 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
     flips = (False, True) if recipe.data.flip else (False,)
     if cache.latents:
         store = batches.latents.store
-        vae: Any = family.networks["vae"]
-        cell = 2 * vae.config.latent_channels * batches.latents.dtype.itemsize  # mean and logvar
+        cell = 2 * family.latent_channels * batches.latents.dtype.itemsize  # mean and logvar
         key = batches.latents.key
         areas = {key(one.picture, one.crop, flip): one.crop.target.area for one in batches.entries for flip in flips}
         yield Cache(
@@ -186,10 +184,10 @@ def _caches(recipe: Recipe, family: ModelFamily, batches: Batches) -> Iterator[C
         )
 
 
-def _output(recipe: Recipe) -> Output:
+def _output(recipe: Recipe, names: Mapping[str, ExportNames]) -> Output:
     folder = RunFolder(Path(recipe.output))
     adapters = folder.adapters.name
-    written = _written(recipe, recipe.adapter)
+    written = _written(recipe, recipe.adapter, names)
     steps = [folder.metrics.name, f"{folder.checkpoints.name}/ ({recipe.checkpoint.keep} kept)"]
     if isinstance(recipe.adapter, AestheticConfig):
         steps = []
@@ -199,24 +197,24 @@ def _output(recipe: Recipe) -> Output:
     return Output(folder=str(folder.path), state=_state(folder, recipe), files=tuple(files))
 
 
-def _written(recipe: Recipe, adapter: AdapterConfig) -> list[str]:
-    """The files that hold weights, of each of an adapter's parts."""
+def _written(recipe: Recipe, adapter: AdapterConfig, names: Mapping[str, ExportNames]) -> list[str]:
+    """The files that hold weights, of each of an adapter's parts, for a family of these names."""
     match adapter:
         case PivotalConfig():
-            parts = [*_written(recipe, adapter.weights), *_written(recipe, adapter.embedding)]
-            return [*parts, *pivotal.file_names(recipe).values()]
+            parts = [*_written(recipe, adapter.weights, names), *_written(recipe, adapter.embedding, names)]
+            return [*parts, *pivotal.file_names(recipe, names).values()]
         case AestheticConfig():
-            baked = [f"baked/{name}" for name in lora.file_names(recipe).values()] if adapter.bake_prompts else []
-            return [*aesthetic.file_names(recipe).values(), *baked]
+            baked = lora.file_names(recipe, names).values() if adapter.bake_prompts else ()
+            return [*aesthetic.file_names(recipe).values(), *(f"baked/{name}" for name in baked)]
         case FullConfig():
             return [f"{name}/" if name == MODEL else name for name in full.file_names(recipe).values()]
         case EmbeddingConfig():
-            return embedding.file_names(recipe)
+            return embedding.file_names(recipe, names)
         case HypernetworkConfig():
             return list(hypernetwork.file_names(recipe).values())
         case LoraConfig():
-            return list(lora.file_names(recipe).values())
-    return list(lycoris.file_names(recipe, adapter.kind).values())
+            return list(lora.file_names(recipe, names).values())
+    return list(lycoris.file_names(recipe, adapter.kind, names).values())
 
 
 def _state(folder: RunFolder, recipe: Recipe) -> str:

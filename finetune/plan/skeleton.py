@@ -43,8 +43,7 @@ def skeleton(folder: Path, component: str) -> nn.Module:
 
 def fill(family: ModelFamily, folder: Path) -> None:
     """Put skeletons in the place of all networks of ``family``."""
-    components = {network: names.diffusers for network, names in family.export_names.items()} | {"vae": "vae"}
-    for network, component in components.items():
+    for network, component in family.components.items():
         family.networks[network] = skeleton(folder, component)
 
 
@@ -64,7 +63,6 @@ def activations(family: ModelFamily, resolution: int, batch: int, checkpointing:
     """
     if checkpointing and hasattr(family, "enable_gradient_checkpointing"):
         family.enable_gradient_checkpointing()
-    vae: Any = family.networks["vae"]
     kept: dict[int, torch.UntypedStorage] = {}
     weights = {parameter.untyped_storage()._cdata for parameter in family.networks.parameters()}
 
@@ -82,7 +80,7 @@ def activations(family: ModelFamily, resolution: int, batch: int, checkpointing:
         _fused_attention(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        noisy = torch.empty(batch, vae.config.latent_channels, side, side)
+        noisy = torch.empty(batch, family.latent_channels, side, side)
         prompt = family.encode_prompt([caption] * batch)
         family.predict(noisy, torch.zeros(batch), prompt, torch.zeros(batch, 6))
     for module, training in modes.items():

@@ -21,13 +21,13 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in kept] + [chr(256 + order) for order in range(len(moved))]
 
 
-def merges_for(vocabulary: list[str]) -> list[tuple[str, str]]:
+def merges_for(vocabulary: list[str], end: str = _WORD_END) -> list[tuple[str, str]]:
     """Merges that make each word one token (byte-pair encoding learned on a list in which every word counts once).
 
     The first pair of the first unfinished word is merged everywhere, until all words are whole; replaying the merges
     in this order therefore makes the same words whole again.
     """
-    pieces = [[*word[:-1], word[-1] + _WORD_END] for word in vocabulary]
+    pieces = [[*word[:-1], word[-1] + end] for word in vocabulary]
     merges: list[tuple[str, str]] = []
     while unfinished := [piece for piece in pieces if len(piece) > 1]:
         left, right = unfinished[0][:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from finetune.batch import Conditioning, Posterior
 from finetune.config.schema import Recipe
+from finetune.family import ExportNames
 from finetune.randomness import generator
 
 SIDE = 16
@@ -47,6 +48,7 @@ class Fake:
     pixel_multiple = 4
     prompt_chunks = 1
     text_encoders = ("text_encoder",)
+    export_names: ClassVar = {"denoiser": ExportNames("unet", "lora_unet")}
 
     def __init__(self, weights: str = "a", words: int = 12) -> None:
         self.weights, self.words = weights, words
@@ -85,6 +87,12 @@ class Fake:
     def caption_overflow(self, caption: str, words: dict[str, int] | None = None) -> int:
         added = sum((vectors - 1) * caption.count(word) for word, vectors in (words or {}).items())
         return max(0, len(caption.split()) + added - self.words)
+
+    def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
+        return {"guidance_scale": scale}
+
+    def prompt_length(self, caption: str, words: dict[str, int] | None = None) -> int:
+        return 4
 
     def pipeline(self) -> Pipe:
         self.require("denoiser", "vae", "text_encoder")

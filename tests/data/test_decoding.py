@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +132,46 @@ def test_bad_files_say_what_is_wrong(case: str, tmp_path: Path) -> None:
         decoding.inspect(tmp_path / name)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 100}])
+def test_a_jpeg_is_found_broken_wherever_it_is_cut_though_facts_need_no_pixels(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    path = tmp_path / "a.jpg"
+    Image.effect_noise((70, 50), 90).convert("RGB").save(path, **options)  # type: ignore[arg-type]
+    whole = path.read_bytes()
+    for end in range(10, len(whole) + 1, len(whole) // 40):
+        told = []
+        for look in (decoding.decode, lambda content, path: decoding.facts(content, "", path)):
+            try:
+                look(whole[:end], path)
+                told.append("")
+            except UserError as error:
+                told.append(str(error))
+        assert told[0] == told[1], end
+    assert (decoding.inspect(path).width, decoding.inspect(path).height) == (70, 50)
+
+
+@pytest.mark.parametrize("side", [1, 6])
+def test_a_smaller_jpeg_shows_the_same_upright(side: int, tmp_path: Path, gradient: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = side
+    path = tmp_path / "a.jpg"
+    stored = gradient.resize((320, 160)) if side == 1 else gradient.resize((320, 160)).transpose(2)
+    stored.save(path, exif=exif, quality=95)
+    small = decoding.decode(path.read_bytes(), path, shrink=4)
+    assert small.size == (80, 40)
+    expected = np.asarray(decoding.decode(path.read_bytes(), path).resize((80, 40), Image.Resampling.BOX), int)
+    assert np.abs(np.asarray(small, int) - expected).max() <= 3
+    facts = decoding.inspect(path)
+    assert (facts.width, facts.height) == (320, 160)
+
+
+def test_warnings_are_as_they_were_after_threads_have_decoded(tmp_path: Path, gradient: Image.Image) -> None:
+    path = tmp_path / "a.png"
+    gradient.save(path)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(decoding.inspect, [path] * 200))) == 1
+    assert warnings.filters == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -103,3 +104,14 @@ def test_squares_where_no_buckets_are_asked_for() -> None:
     data = DataConfig(concepts=[{"folder": "a", "prompt": "a"}], resolution=96)  # type: ignore[list-item]
     assert Framing.of(data).crop(300, 200) == Crop(144, 96, 24, 0, Size(96, 96))
     assert Framing.of(data, 64).crop(300, 200).target == (64, 64)
+
+
+def test_the_nearest_of_many_shapes_is_found_as_if_all_were_compared() -> None:
+    shapes = [bucket_sizes(512, 64, 256, 1024), bucket_sizes(96, 8, 16, 400), (Size(2, 1), Size(4, 2), Size(1, 2))]
+    for sizes in shapes:
+        for width, height in itertools.product(range(9, 900, 37), range(9, 900, 41)):
+            ratio = math.log(width / height)
+            expected = min(
+                sizes, key=lambda size: (round(abs(math.log(size.width / size.height) - ratio), 9), -size.area)
+            )
+            assert nearest_size(width, height, sizes) == (expected if (width, height) not in sizes else (width, height))

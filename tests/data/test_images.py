@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from finetune.data import images
+from finetune.data import decoding, images
 from finetune.data.decoding import inspect
 from finetune.data.framing import Crop, Size, cover
 from finetune.data.sources import Picture
@@ -109,3 +110,48 @@ def test_a_picture_that_changes_under_a_run_is_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     with pytest.raises(UserError, match="has changed since this run began"):
         images.pixels(one, square(one, 16))
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Coarse and fine, as photographs are."""
+    rng = np.random.default_rng(0)
+    parts = [
+        np.asarray(
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize((width, height)), float
+        )
+        for side in (4, 16, 64, 256)
+    ]
+    values = parts[0] * 0.5 + parts[1] * 0.25 + parts[2] * 0.15 + parts[3] * 0.1
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
+def test_only_what_is_cut_is_scaled_and_looks_as_if_all_had_been(tmp_path: Path) -> None:
+    one = picture(photograph(300, 170), tmp_path / "a.png")
+    crop = square(one, 64)
+    scaled = Image.open(one.path).resize((crop.width, crop.height), Image.Resampling.LANCZOS)
+    expected = np.asarray(scaled.crop((crop.left, 0, crop.left + 64, 64)), dtype=int)
+    found = ((images.pixels(one, crop) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).max() <= 1.01  # a last rounding
+
+
+@pytest.mark.parametrize(("size", "shrink"), [((1024, 768), 4), ((1020, 768), 4), ((1022, 768), 2), ((1023, 768), 1)])
+def test_a_large_jpeg_is_decoded_smaller_and_shows_the_same(
+    size: tuple[int, int], shrink: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jpg"
+    photograph(*size).save(path, quality=95)
+    one = Picture("0/a", path, ("a",), inspect(path))
+    crop = square(one, 64)
+    found, asked, real = images.pixels(one, crop), [], decoding.decode
+    monkeypatch.setattr(decoding, "decode", lambda content, path, shrink: asked.append(shrink) or real(content, path))
+    whole = images.pixels(one, crop)
+    assert asked == [shrink]
+    error = (found - whole) * 127.5
+    assert error.abs().max() <= 4 and error.pow(2).mean().sqrt() < 0.7 and error.mean().abs() < 0.1
+
+
+def test_a_jpeg_that_is_not_twice_as_large_as_needed_is_decoded_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    photograph(240, 160).save(path)
+    one = Picture("0/a", path, ("a",), inspect(path))
+    assert [images._shrink(one, square(one, side)) for side in (10, 11, 20, 40, 41)] == [8, 4, 4, 2, 1]

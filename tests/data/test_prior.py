@@ -19,7 +19,7 @@ from PIL import Image
 from finetune import files
 from finetune.config.schema import NoPrior, Recipe
 from finetune.data import class_images, decoding, scan
-from finetune.data.prior import ClassImages, foreseen
+from finetune.data.prior import drawn_for, foreseen
 from finetune.errors import GuardError, UserError
 from finetune.family import ModelFamily
 
@@ -134,7 +134,7 @@ def test_an_interrupted_drawing_leaves_no_half_file_and_is_continued(
     recipe: Recipe, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = contents(draw(recipe, fake()))
-    folder = ClassImages(recipe, recipe.prior, fake(), "a star").folder  # type: ignore[arg-type]
+    folder = drawn_for(recipe, recipe.prior, fake(), "a star").folder  # type: ignore[arg-type]
     for path in folder.iterdir():
         path.unlink()
     context = get_context("fork")
@@ -182,7 +182,7 @@ class Rank:
 
 def test_two_processes_share_the_work_and_agree_with_one(recipe: Recipe, fake: Any, tmp_path: Path) -> None:
     alone = contents(draw(recipe, fake()))
-    folder = ClassImages(recipe, recipe.prior, fake(), "a star").folder  # type: ignore[arg-type]
+    folder = drawn_for(recipe, recipe.prior, fake(), "a star").folder  # type: ignore[arg-type]
     for path in folder.iterdir():
         path.unlink()
     gate, families = threading.Barrier(2), [fake(), fake()]

@@ -168,7 +168,8 @@ def test_an_empty_folder_and_a_file_in_its_place(tmp_path: Path) -> None:
 def test_masks_are_found_by_name_and_checked(folder: Folder, tmp_path: Path) -> None:
     path, masks = folder(2), tmp_path / "masks"
     masks.mkdir()
-    Image.new("L", (24, 24), 255).save(masks / "0.jpg")
+    Image.new("L", (24, 24), 255).save(masks / "0.JPG")
+    Image.new("L", (24, 24), 255).save(masks / "1.other.png")  # of a picture called 1.other
     with pytest.raises(UserError, match=r"1.png: has no mask in .*expected 1.png"):
         scan_one(path, masks=str(masks))
     Image.new("L", (24, 12), 255).save(masks / "1.png")
@@ -178,7 +179,7 @@ def test_masks_are_found_by_name_and_checked(folder: Folder, tmp_path: Path) -> 
     with pytest.raises(UserError, match="mask is empty"):
         scan_one(path, masks=str(masks))
     Image.new("L", (24, 24), 9).save(masks / "1.png")
-    assert [picture.mask for picture in scan_one(path, masks=str(masks)).pictures] == [masks / "0.jpg", masks / "1.png"]
+    assert [picture.mask for picture in scan_one(path, masks=str(masks)).pictures] == [masks / "0.JPG", masks / "1.png"]
     with pytest.raises(UserError, match=r"0.png: has no transparency"):
         scan_one(path, masks="alpha")
     with pytest.raises(UserError, match=r"masks: .*mask does not exist.*did you mean 'masks'"):

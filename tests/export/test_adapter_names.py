@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from finetune.export import readers
 from finetune.export.names import joined, parted
+from finetune.originals.unet import places
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_kohya_knows_its_192_and_72_layers(sd1, tiny_family):
 )
 def test_original_names(ours, original, sd1):
     unet = sd1["denoiser"]
-    assert readers.ldm_name(ours, unet) == original
+    assert places(unet.config)[ours].path == original
     assert readers.a1111_name(f"lora_unet_{joined(ours)}", unet) == original.replace(".", "_")
 
 
@@ -79,5 +80,6 @@ def test_all_tools_know_the_layers_that_presets_adapt(sd1, tiny_family):
 
 def test_original_names_are_one_to_one(sd1):
     unet = sd1["denoiser"]
-    originals = [readers.ldm_name(name, unet) for name in layers_of(unet)]
-    assert None not in originals and len(set(originals)) == len(originals)
+    table = places(unet.config)
+    originals = [table[name].path for name in layers_of(unet)]
+    assert len(set(originals)) == len(originals)

@@ -296,7 +296,7 @@ def test_a_file_of_another_base_does_not_fit(tiny_sd, recipe, tmp_path):
     tensors = load_file(path)
     renamed = {key.replace("mid_block", "mid_block_attentions_9"): tensor for key, tensor in tensors.items()}
     save_file(renamed, path, {"finetune.base": str(tiny_sd)})
-    with pytest.raises(UserError, match="the pipeline has no layer lora_unet_mid_block_attentions_9"):
+    with pytest.raises(UserError, match=r"the pipeline has no layer unet\.mid_block\.attentions\.9"):
         kind("lycoris").apply(fresh(tiny_sd), identify(path), 1.0)
 
 

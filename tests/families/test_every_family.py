@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters import attach
+from finetune.config.adapters import EmbeddingConfig
 from finetune.config.schema import ModelConfig
 from finetune.families import families, load_family
 from finetune.family import ModelFamily
 from finetune.randomness import generator
 
 CAPTIONS = ["a large striped red star on grass", "a photo of a sksq star"]
-SIDE = 16  # pixels of a twin's pictures
+SIZES = [(16, 16), (16, 32)]  # height and width of a twin's pictures, pixels
 
 
 @pytest.fixture(scope="module", params=sorted(families()))
@@ -48,30 +51,31 @@ class Watched:
         network.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, network: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        names = list(network.forward.__code__.co_varnames[1:])
+        names = list(inspect.signature(network.forward).parameters)
         asked = {**dict(zip(names, args, strict=False)), **kwargs}
         self.calls.append((asked, flat(output)[0]))
 
 
-def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily) -> None:
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily, height: int, width: int) -> None:
     family.require(*family.text_encoders, "denoiser", "vae")
     pipeline: Any = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    channels = family.networks["vae"].config.latent_channels  # type: ignore[union-attr]
-    cells = SIDE // family.latent_scale
-    noise = torch.randn(1, channels, cells, cells, generator=generator(0, "noise"))
+    channels = family.latent_channels
+    cells = (height // family.latent_scale, width // family.latent_scale)
+    noise = torch.randn(1, channels, *cells, generator=generator(0, "noise"))
     watched = Watched(family.networks["denoiser"])
     with torch.no_grad():
         pipeline(
-            CAPTIONS[0],
-            height=SIDE,
-            width=SIDE,
+            prompt=CAPTIONS[0],
+            height=height,
+            width=width,
             latents=PACKED.get(family.name, lambda _, latents: latents)(pipeline, noise),
-            guidance_scale=1.0,
+            **family.guided(1.0),
             num_inference_steps=1,
             output_type="latent",
         )
-        geometry = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]])
+        geometry = torch.tensor([[height, width, 0, 0, height, width]])
         time = pipeline.scheduler.timesteps[:1]
         answer = family.predict(noise, time, family.encode_prompt(CAPTIONS[:1]), geometry)
     (theirs, told), (ours, said) = watched.calls
@@ -84,7 +88,17 @@ def test_the_denoiser_is_asked_what_the_pipeline_asks(family: ModelFamily) -> No
     assert answer.shape == noise.shape
 
 
-PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {}  # families whose pipelines want latents in another shape
+def in_patches(pipeline: Any, latents: Tensor) -> Tensor:
+    """As the pipeline itself packs them."""
+    return pipeline._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
+
+
+PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "flux": in_patches,
+    "flux2-klein": lambda pipeline, latents: pipeline._patchify_latents(latents),
+    "qwen-image": in_patches,
+}
+"""Families whose pipelines want latents in another shape."""
 
 
 def test_a_prompt_does_not_depend_on_its_neighbours(family: ModelFamily) -> None:
@@ -107,6 +121,45 @@ def test_every_preset_finds_layers(family: ModelFamily) -> None:
                 names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
                 for pattern in patterns:
                     assert any(re.search(pattern, name) for name in names), (preset, network, pattern)
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        family = load_family(ModelConfig(path=str(folder)))
+        family.require("denoiser", *family.text_encoders)
+        if checkpointing:
+            family.enable_gradient_checkpointing()
+        family.networks.train()
+        trained = [family.networks[name] for name in ("denoiser", *family.sites.text_encoders)]
+        parameters = [weight for network in trained for weight in network.parameters()]
+        for weight in parameters:
+            weight.requires_grad_(True)
+        noisy = torch.randn(2, family.latent_channels, 8, 8, generator=generator(0, "noisy"))
+        prompt, geometry = family.encode_prompt(CAPTIONS), torch.tensor([[16, 16, 0, 0, 16, 16]] * 2)
+        family.predict(noisy, torch.tensor([300, 700]), prompt, geometry).square().mean().backward()
+        found.append([weight.grad for weight in parameters if weight.grad is not None])
+    assert len(found[0]) == len(found[1])
+    for plain, frugal in zip(*found, strict=True):
+        torch.testing.assert_close(plain, frugal)
+
+
+def test_a_new_word_of_several_tokens_is_read_alike(family: ModelFamily) -> None:
+    """What training makes of a word is what the pipeline makes of it, in every text encoder."""
+    words = {"kind": "embedding", "tokens": [{"token": "<zib>", "initializer": "star red", "vectors": 2}]}
+    attach(EmbeddingConfig.model_validate(words), family, seed=0)
+    text = "a photo of a <zib> on grass"
+    assert family.caption_overflow(text) == 0
+    pipeline: Any = family.pipeline()
+    known = inspect.signature(pipeline.encode_prompt).parameters
+    asked = {"prompt": text, "prompt_2": None, "prompt_3": None, "device": "cpu", "num_images_per_prompt": 1}
+    with torch.no_grad():
+        found = family.encode_prompt([text])
+        others = family.encode_prompt(["a photo of a star on grass"])
+        asked["do_classifier_free_guidance"] = False
+        got = pipeline.encode_prompt(**{name: value for name, value in asked.items() if name in known})
+    assert any(torch.equal(found.tokens[0], one.squeeze(0)) for one in flat(got))
+    assert not torch.equal(found.tokens, others.tokens[:, : found.tokens.shape[1]])
 
 
 def test_networks_are_frozen_and_quiet(family: ModelFamily) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from finetune.config.objective import MinSnrWeighting, ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
-from finetune.families import families, load_family, model_folder
+from finetune.families import GROUP, families, load_family, model_folder
+from finetune.families.sd import SD
 from finetune.families.tiny import write_tiny_sd
 from finetune.objectives import DDPM, Denoising
 
@@ -131,3 +132,25 @@ def test_the_twin_is_small_quick_and_reproducible(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in one.values()) < 300_000
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
+
+
+def test_a_family_of_another_distribution_is_found(monkeypatch: pytest.MonkeyPatch, editable: Path) -> None:
+    """An entry point is all that it takes: no line of this package changes."""
+
+    class Toy(SD):
+        name = "toy"
+        pipelines = ("ToyPipeline",)
+
+    class Point:
+        def load(self) -> type[Toy]:
+            return Toy
+
+    monkeypatch.setattr("finetune.families.entry_points", lambda group: [Point()] if group == GROUP else [])
+    families.cache_clear()
+    try:
+        index = editable / "model_index.json"
+        index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "ToyPipeline"}))
+        assert isinstance(load_family(ModelConfig(path=str(editable))), Toy)
+        assert isinstance(load_family(ModelConfig(path=str(editable), family="sd")), SD)
+    finally:
+        families.cache_clear()

@@ -16,7 +16,7 @@ from finetune.families import load_family
 from finetune.families.long_prompts import framed, read_units, split
 from finetune.families.sd import SD
 from finetune.randomness import generator
-from finetune.sampling import inference, one
+from finetune.sampling import arguments, inference, one
 from finetune.tinyworld.tokenizer import LENGTH, build
 
 ROOM = LENGTH - 2
@@ -222,7 +222,7 @@ def test_long_prompts_are_drawn_with_what_training_reads(tiny_sd: Path) -> None:
         short = family.encode_prompt(["a"]).tokens
         torch.testing.assert_close(both[2:3], torch.cat([short, empty, empty], 1), rtol=1e-5, atol=1e-6)
     cut, whole = (
-        one(pipe, LONG + ", blue", SamplerConfig(steps=2), generator(0, "a"))
+        one(pipe, LONG + ", blue", arguments(family, pipe, SamplerConfig(steps=2)), generator(0, "a"))
         for pipe in (load(tiny_sd, 1).pipeline(), load(tiny_sd, 4).pipeline())
     )
     assert cut.tobytes() != whole.tobytes()

@@ -53,6 +53,8 @@ def test_nothing_said_is_zeros_where_the_pipeline_says_so(folder: Path, tmp_path
     assert torch.equal(found.pooled, pooled)  # type: ignore[arg-type]
     assert bool(found.tokens.any()) is not zeros
     assert family.encode_prompt(["", "a star"]).tokens[1].any()
+    assert (family.fingerprint("text_encoder") == load(folder).fingerprint("text_encoder")) is zeros  # no stale cache
+    assert family.fingerprint("vae") == load(folder).fingerprint("vae")
 
 
 def test_long_prompts_are_drawn_as_they_are_trained(folder: Path) -> None:

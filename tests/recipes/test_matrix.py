@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from finetune.config import read_recipe
-from finetune.families import families
+from finetune.config.schema import ModelConfig
+from finetune.errors import UserError
+from finetune.families import families, load_family
 from finetune.families.support import support, table
+from finetune.plan import plan
 from recipes import dreambooth
 
 WriteRecipe = Callable[..., Path]
@@ -34,8 +37,11 @@ METHODS: Mapping[str, dict[str, Any]] = {
     },
     "hypernetwork": {"kind": "hypernetwork"},
 }
+HEAVY = ("flux2-klein",)
+"""Families whose twins are deep: their other cells than these are for the nightly run."""
+LIGHT = ("lora", "embedding")
 CELLS = [
-    (name, method)
+    pytest.param(name, method, marks=[pytest.mark.slow] if name in HEAVY and method not in LIGHT else [])
     for name, family in families().items()
     for method, why in support(family).items()
     if why is None and method in METHODS  # aesthetic embeddings take no steps: tests/recipes/test_aesthetic_page.py
@@ -56,6 +62,22 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return twin
 
 
+def adapter(method: str, twin: Path) -> dict[str, Any]:
+    """The section of a method; text encoders train wherever they can."""
+    trains = bool(load_family(ModelConfig(path=str(twin))).sites.text_encoders)
+    return {key: trains if key == "text_encoder" else value for key, value in METHODS[method].items()}
+
+
+def data(folder: Path) -> dict[str, Any]:
+    """The ``data`` section of a recipe with a new word in every caption."""
+    captions = {"prompt": "a photo of <zib> star", "captions": "prompt", "trigger": "<zib>"}
+    return {
+        "resolution": 16,
+        "concepts": [{"folder": str(folder / "subject"), "class_prompt": "a photo of a star", **captions}],
+        "cache": {"folder": str(folder / "cache")},
+    }
+
+
 def exported(run: Path) -> dict[str, bytes]:
     """All tensor files below ``adapters``, without their headers, which name the run."""
     from finetune.export.read import read_tensors
@@ -71,24 +93,20 @@ def exported(run: Path) -> dict[str, bytes]:
 def test_a_method_works_in_a_family(
     name: str, method: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    captions = {"prompt": "a photo of <zib> star", "captions": "prompt", "trigger": "<zib>"}
-    data = {
-        "resolution": 16,
-        "concepts": [{"folder": str(tmp_path / "subject"), "class_prompt": "a photo of a star", **captions}],
-        "cache": {"folder": str(tmp_path / "cache")},
-    }
     path = write_recipe(
         model={"path": str(twins(name))},
-        adapter=METHODS[method],
-        data=data,
+        adapter=adapter(method, twins(name)),
+        data=data(tmp_path),
         prior={"kind": "none"},
         train={"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "threads": 1},
         checkpoint={"every": 2, "keep": 3},
     )
+    foreseen = plan(read_recipe(path)).output.files
     dreambooth.main(read_recipe(path))  # ends with verification: every file loaded by its reader, with the same answer
     run = tmp_path / "run"
     whole = exported(run)
     assert whole
+    assert [name for name in foreseen if name.startswith("adapters/") and not (run / name).exists()] == []
     shutil.rmtree(run / "checkpoints" / "step-000003")
     shutil.rmtree(run / "adapters")
     dreambooth.main(read_recipe(path))
@@ -102,10 +120,6 @@ def test_a_method_works_in_a_family(
 def test_what_has_no_place_is_refused_with_the_reason(
     name: str, method: str, why: str, twins: Callable[[str], Path], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    from finetune.config.schema import ModelConfig
-    from finetune.errors import UserError
-    from finetune.families import load_family
-
     family = load_family(ModelConfig(path=str(twins(name))))
     if method == "aesthetic":
         from finetune.aesthetic import require_space
@@ -113,10 +127,21 @@ def test_what_has_no_place_is_refused_with_the_reason(
         with pytest.raises(UserError) as caught:
             require_space(family)
     else:
-        adapter = {"adapter": METHODS[method], "prior": {"kind": "none"}, "model": {"path": str(twins(name))}}
+        sections = {"adapter": METHODS[method], "prior": {"kind": "none"}, "model": {"path": str(twins(name))}}
         with pytest.raises(UserError) as caught:
-            dreambooth.main(read_recipe(write_recipe(**adapter)))
+            dreambooth.main(read_recipe(write_recipe(**sections, data=data(tmp_path))))
     assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("name", families())
+def test_a_layout_that_a_family_has_not_is_refused(
+    name: str, twins: Callable[[str], Path], write_recipe: WriteRecipe
+) -> None:
+    if load_family(ModelConfig(path=str(twins(name)))).export_names["denoiser"].kohya:
+        return
+    path = write_recipe(model={"path": str(twins(name))}, export={"formats": ["diffusers", "kohya"]})
+    with pytest.raises(UserError, match=rf"export\.formats: {name} has no files of layout 'kohya'; it has diffusers"):
+        dreambooth.main(read_recipe(path))
 
 
 def test_the_page_of_models_says_what_the_code_says() -> None:

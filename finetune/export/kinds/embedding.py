@@ -5,7 +5,7 @@ There is no ``.pt`` of a word that several text encoders read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from finetune.export.layers import check as check_tensors
 from finetune.export.metadata import OWN, describe
 from finetune.export.read import Identity
 from finetune.export.words import load_word
-from finetune.family import ModelFamily
+from finetune.family import ExportNames, ModelFamily
 
 LAYOUTS = ("diffusers", "a1111")
 
@@ -53,11 +53,13 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     return written
 
 
-def file_names(recipe: Recipe) -> list[str]:
-    """What the files of a recipe's words are called."""
+def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> list[str]:
+    """What the files of a recipe's words are called, for a family of these names."""
     words = new_words(recipe.adapter)
     tokens = [token.token for token in words.tokens] if words else []
-    return [name for token in tokens for names in _file_names(token, tokens, recipe).values() for name in names]
+    several = sum(bool(called.words) for called in names.values()) > 1
+    found = [name for token in tokens for part in _file_names(token, tokens, recipe).values() for name in part]
+    return [name for name in found if not several or not name.endswith(".pt")]
 
 
 def recognise(contents: Contents) -> str | None:

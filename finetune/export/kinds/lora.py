@@ -7,7 +7,7 @@ which is exact at every strength between the base and what was trained, and as l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from finetune.export.kinds.lycoris import write_file
 from finetune.export.layers import Layer, layers
 from finetune.export.lycoris import Change, differences
 from finetune.export.merge import merge
-from finetune.export.metadata import describe, prompt_width, side_file
+from finetune.export.metadata import describe, side_file
 from finetune.export.read import CONVENTIONAL, FORMATS, Identity, read_tensors
-from finetune.family import ModelFamily
+from finetune.family import ExportNames, ModelFamily, writable
 from finetune.files import write_json
 
 LAYOUTS = (*FORMATS, "difference")
@@ -37,12 +37,12 @@ LAYOUTS = (*FORMATS, "difference")
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``pytorch_lora_weights.safetensors`` for diffusers, and ``<run>.safetensors`` with its card for other tools."""
     found = layers(weights)
-    return [_write(name, found, weights, family, recipe, folder) for name in layouts(recipe)]
+    return [_write(name, found, weights, family, recipe, folder) for name in layouts(recipe, family.export_names)]
 
 
-def layouts(recipe: Recipe) -> tuple[str, ...]:
-    """The layouts that a recipe's LoRA is written in."""
-    asked = wanted(recipe, tuple(FORMATS))
+def layouts(recipe: Recipe, names: Mapping[str, ExportNames]) -> tuple[str, ...]:
+    """The layouts that a recipe's LoRA is written in, for a family of these names."""
+    asked = wanted(recipe, writable(tuple(FORMATS), names))
     adapter = recipe.adapter.weights if isinstance(recipe.adapter, PivotalConfig) else recipe.adapter
     if not (isinstance(adapter, LoraConfig) and adapter.use_dora):
         return asked
@@ -86,13 +86,15 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
         pipeline.load_lora_weights(str(found.path), adapter_name="sampled")
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"{found.path} does not fit the base: {str(error).splitlines()[0]}") from error
+    if not any("sampled" in held for held in pipeline.get_list_adapters().values()):
+        raise UserError(f"{found.path}: diffusers knows none of its layers in {type(pipeline).__name__}")
     if strength != 1.0:
         pipeline.set_adapters(["sampled"], [strength])
 
 
-def file_names(recipe: Recipe) -> dict[str, str]:
-    """What the files of a recipe are called, by layout."""
-    return {layout: file_name(layout, recipe) for layout in layouts(recipe)}
+def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> dict[str, str]:
+    """What the files of a recipe are called, by layout, for a family of these names."""
+    return {layout: file_name(layout, recipe) for layout in layouts(recipe, names)}
 
 
 def file_name(layout: str, recipe: Recipe) -> str:
@@ -112,5 +114,5 @@ def _write(
         written = FORMATS[layout].unpack(tensors, names)
     write_file(path, tensors, describe(layout, written, weights.settings, family, recipe))
     if layout != "diffusers":
-        write_json(path.with_suffix(".json"), side_file(recipe, prompt_width(found, family)))
+        write_json(path.with_suffix(".json"), side_file(recipe, family))
     return path

@@ -23,9 +23,10 @@ from finetune.export.checks import Report
 from finetune.export.kinds import Contents, wanted
 from finetune.export.lycoris import Change, changes
 from finetune.export.merge import merge
-from finetune.export.metadata import OWN, describe, prompt_width, side_file
+from finetune.export.metadata import OWN, describe, side_file
+from finetune.export.names import fuses
 from finetune.export.read import Identity, identify, read_tensors
-from finetune.family import ExportNames, ModelFamily
+from finetune.family import ExportNames, ModelFamily, writable
 from finetune.files import write_json, write_tensors
 
 LAYOUTS = ("peft", "kohya")
@@ -36,12 +37,12 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     """``<run>-peft.safetensors``, and of LoKr and LoHa ``<run>.safetensors`` with its card."""
     found = changes(weights)
     paths = []
-    for layout, name in file_names(recipe, weights.settings["algorithm"]).items():
+    for layout, name in file_names(recipe, weights.settings["algorithm"], family.export_names).items():
         tensors = _pack(layout, found, family, getattr(torch, recipe.export.dtype))
         path = folder / name
         write_file(path, tensors, _header(layout, found, weights, family, recipe))
         if layout == "kohya":
-            write_json(path.with_suffix(".json"), side_file(recipe, prompt_width((), family)))
+            write_json(path.with_suffix(".json"), side_file(recipe, family))
         paths.append(path)
     return paths
 
@@ -114,6 +115,10 @@ def read(found: Identity, names: Mapping[str, ExportNames]) -> Weights:
         unpacked = lycoris_peft.unpack(tensors, found.metadata, names)
     else:
         unpacked = lycoris_kohya.unpack(tensors, names)
+    if strange := [change for change in unpacked if change.algorithm == "full"]:
+        raise UserError(
+            f"{found.path}: holds whole differences, as of {strange[0].name}, from which no factors can be had"
+        )
     held = {f"{change.name}.{part}": values for change in unpacked for part, values in change.parts.items()}
     if unpacked and unpacked[0].algorithm != "oft":
         if "rank" not in settings:
@@ -123,12 +128,17 @@ def read(found: Identity, names: Mapping[str, ExportNames]) -> Weights:
     return Weights("lycoris", held, settings)
 
 
-def file_names(recipe: Recipe, algorithm: str) -> dict[str, str]:
-    """What the files of a recipe are called, by layout."""
+def file_names(recipe: Recipe, algorithm: str, names: Mapping[str, ExportNames]) -> dict[str, str]:
+    """What the files of a recipe are called, by layout, for a family of these names.
+
+    Where files have several layers as one, LoKr would be as large as the layers: only if it is asked for by name.
+    """
     run = Path(recipe.output).absolute().name
     possible = LAYOUTS if algorithm != "oft" else ("peft",)  # OFT of LyCORIS' tools turns outputs, not inputs
-    names = {"peft": f"{run}-peft.safetensors", "kohya": f"{run}.safetensors"}
-    return {layout: names[layout] for layout in wanted(recipe, possible)}
+    if algorithm == "lokr" and fuses(names) and not recipe.export.formats:
+        possible = ("peft",)
+    files = {"peft": f"{run}-peft.safetensors", "kohya": f"{run}.safetensors"}
+    return {layout: files[layout] for layout in wanted(recipe, writable(possible, names))}
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from finetune.export.bundle import PREFIX, load_bundle, pack, parts_of
 from finetune.export.checks import Report
 from finetune.export.kinds import Contents, wanted
 from finetune.export.kinds.lycoris import write_file
-from finetune.export.metadata import OWN, describe, prompt_width, side_file
+from finetune.export.metadata import OWN, describe, side_file
 from finetune.export.read import Identity
-from finetune.family import ModelFamily
+from finetune.family import ExportNames, ModelFamily, writable
 from finetune.files import write_json
 
 LAYOUTS = ("bundle",)
@@ -28,30 +28,33 @@ LAYOUTS = ("bundle",)
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``<run>-bundle.safetensors`` with its card, where the recipe has a LoRA that can be bundled."""
-    if not (names := file_names(recipe)):
+    if not (names := file_names(recipe, family.export_names)):
         return []
     found, words = parts_of(weights, family.export_names)
     path = folder / names["bundle"]
     tensors = pack(found, words, family.export_names, getattr(torch, recipe.export.dtype))
     header = describe("kohya", found, json.loads(weights.settings["layers"]), family, recipe)
     write_file(path, tensors, header | {f"{OWN}kind": "pivotal", f"{OWN}layout": "bundle"})
-    write_json(path.with_suffix(".json"), side_file(recipe, prompt_width(found, family)))
+    write_json(path.with_suffix(".json"), side_file(recipe, family))
     return [path]
 
 
-def layouts(recipe: Recipe) -> tuple[str, ...]:
-    """A bundle, unless the recipe asks for other files only. It holds no DoRA, whole weights or words with a dot."""
+def layouts(recipe: Recipe, names: Mapping[str, ExportNames]) -> tuple[str, ...]:
+    """A bundle, unless the recipe asks for other files only or the family's names allow none.
+
+    It holds no DoRA, whole weights or words with a dot.
+    """
     adapter = recipe.adapter
     if not isinstance(adapter, PivotalConfig) or not isinstance(adapter.weights, LoraConfig):
         return ()
     if adapter.weights.use_dora or any("." in token.token for token in adapter.embedding.tokens):
         return ()
-    return wanted(recipe, LAYOUTS)
+    return wanted(recipe, writable(LAYOUTS, names))
 
 
-def file_names(recipe: Recipe) -> dict[str, str]:
-    """What the file of a recipe is called, by layout."""
-    return {layout: f"{Path(recipe.output).absolute().name}-bundle.safetensors" for layout in layouts(recipe)}
+def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> dict[str, str]:
+    """What the file of a recipe is called, by layout, for a family of these names."""
+    return {layout: f"{Path(recipe.output).absolute().name}-bundle.safetensors" for layout in layouts(recipe, names)}
 
 
 def recognise(contents: Contents) -> str | None:

@@ -1,0 +1,69 @@
+"""Qwen language models of random weights for twins, and a tokenizer that speaks the embedded world's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.tinyworld.captions import words
+from finetune.tinyworld.tokenizer import byte_letters, merges_for
+
+SPACE = "Ġ"  # how byte-level vocabularies write it
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """A Qwen tokenizer: one token for each word of the world, alone and behind a space, bytes for everything else."""
+    from transformers import Qwen2Tokenizer
+
+    letters = byte_letters()
+    merges = merges_for([*words(), *(SPACE + word for word in words())], end="")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = dict.fromkeys([*letters, *(left + right for left, right in merges), *special])
+    return Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        extra_special_tokens=special[1:],
+        chat_template=TEMPLATE,
+        model_max_length=2048,
+    )
+
+
+def qwen3(width: int, layers: int = 2, kind: str = "Qwen3Model") -> Any:
+    """A Qwen3; as in published ones its table has rows that no token has."""
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer()) + 8,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def qwen25vl(width: int) -> Any:
+    """A Qwen2.5-VL whose eyes are as small as they can be."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": len(tokenizer()) + 8,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+    }
+    sight = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": width}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=sight, tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
