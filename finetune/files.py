@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial-"
+DTYPES: Mapping[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+}
+"""Types of numbers in safetensors files -> torch's names, in the order in which the format's library aligns them."""
 
 
 @contextmanager
@@ -95,22 +110,47 @@ def stream_tensors(
         blanks: a tensor of every name with its dtype and shape, most easily on the meta device.
         read: gives the tensor of a name.
     """
-    names = sorted(blanks, key=lambda name: (-blanks[name].element_size(), name))  # so that all stay aligned
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
-    end = 0
-    for name in names:
-        blank, start = blanks[name], end
-        end += blank.numel() * blank.element_size()
-        header[name] = {"dtype": _dtype(blank), "shape": list(blank.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded = encoded.ljust(-(-len(encoded) // 8) * 8)
+    codes = {f"torch.{name}": code for code, name in DTYPES.items()}
+    entries = {
+        name: (codes[str(blank.dtype)], list(blank.shape), blank.numel() * blank.element_size())
+        for name, blank in blanks.items()
+    }
+    header, names = tensors_header(entries, metadata)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(header)
         for name in names:
             tensor = read(name).detach().cpu()
             if (tensor.dtype, tensor.shape) != (blanks[name].dtype, blanks[name].shape):
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not what was promised")
-            file.write(_bytes(tensor))
+            file.write(tensor_bytes(tensor))
+
+
+def tensors_header(
+    entries: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """What stands before the tensors in a safetensors file, and their order: wider types first, so all are aligned.
+
+    Args:
+        entries: by name, the dtype as ``DTYPES`` calls it, the shape, and how many bytes there are.
+    """
+    widths = {code: place for place, code in enumerate(DTYPES)}
+    names = sorted(entries, key=lambda name: (-widths[entries[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
+    for name in names:
+        code, shape, size = entries[name]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """A tensor on the CPU as the format has it."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(path: Path) -> str:
@@ -129,18 +169,6 @@ def remove_partial(folder: Path) -> None:
     for leftover in folder.iterdir():
         if leftover.name.startswith(PARTIAL):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-
-
-def _dtype(tensor: Tensor) -> str:
-    """What the format calls a floating-point dtype: F32, BF16."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    return name.replace("bfloat", "BF").replace("float", "F")
-
-
-def _bytes(tensor: Tensor) -> Any:
-    import torch
-
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sort_metadata(path: Path) -> None:

@@ -38,17 +38,25 @@ def tiny_family(tiny_sd: Path) -> ModelFamily:
 
 
 @pytest.fixture
-def single_file(tmp_path: Path) -> Callable[..., Path]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Single files are converted below the test's folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def single_file(tmp_path: Path, own_cache: Path) -> Callable[..., Path]:
     """Write a model folder as a single file that does not say where it is from; one bias of it is moved by 1."""
 
     def write(
         folder: Path, name: str = "model.safetensors", dtype: torch.dtype = torch.float32, **metadata: str
     ) -> Path:
         family = load_family(ModelConfig(path=str(folder)))
-        bias = family.fresh("denoiser").get_parameter("conv_in.bias")  # type: ignore[attr-defined]
-        weights = Weights("full", {"denoiser.conv_in.bias": bias + 1})
+        weights = dict(family.fresh("denoiser").named_parameters())
+        bias = next(name for name in weights if name.endswith("bias"))
+        moved = Weights("full", {f"denoiser.{bias}": weights[bias] + 1})
         header = {key.replace("__", "."): value for key, value in metadata.items()}
         settings: Mapping[str, Any] = family.scheduler().config  # type: ignore[attr-defined]
-        return write_single_file(weights, folder, tmp_path / name, family.export_names, dtype, header, settings)
+        return write_single_file(moved, folder, tmp_path / name, family.export_names, dtype, header, settings)
 
     return write

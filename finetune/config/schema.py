@@ -30,12 +30,10 @@ class ModelConfig(Section):
     revision: Text | None = None
     """Commit or tag of a hub model."""
     like: Text | None = None
-    """Of a single file: a diffusers folder or hub name whose settings, scheduler and tokenizers belong to it; those of
-    the published model, with CLIP's tokenizer out of the hub's local cache, where it is not set."""
+    """Of a single file: a diffusers folder or hub name of the same kind of model, of which settings, tokenizers and the
+    networks that the file lacks are taken. SD 1, 2 and XL can do without: docs/models.md."""
     prediction: Literal["epsilon", "v_prediction"] | None = None
-    """Of a single file: what it predicts, where it does not say so itself."""
-    cache: Text = ".cache/finetune"
-    """Of a single file: where it is kept as a diffusers folder. May be shared by runs and removed at any time."""
+    """Of a single file of SD 1, 2 or XL: what it predicts, where it does not say so itself."""
     prompt_chunks: PositiveInt = 1
     """How many times the text encoder's 77 tokens a prompt may fill, in training and in pictures; it takes as many as
     it needs. 1 cuts what is longer."""

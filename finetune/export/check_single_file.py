@@ -18,11 +18,12 @@ from finetune.errors import GuardError
 from finetune.export.checks import Report, quiet
 from finetune.families import families
 from finetune.families.folder import Part
-from finetune.families.originals import clip
-from finetune.families.originals.checkpoint import Checkpoint, opened, read_checkpoint
-from finetune.families.originals.convert import places
-from finetune.families.originals.place import Place
-from finetune.families.originals.template import Template, template
+from finetune.families.single_file.checkpoint import Checkpoint, opened, read_checkpoint
+from finetune.families.single_file.layouts import FLUX
+from finetune.families.single_file.network import Network, network, weights_in
+from finetune.families.single_file.template import Template, template
+
+_FLUX_WIDTH = 3072  # the one that diffusers' converter knows
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,19 @@ class Held:
     """An open file and where each weight of the model stands in it.
 
     Attributes:
-        parts: by the names of ``ModelFamily.networks``.
-        places: by the same names, then by names in diffusers' files.
+        parts, networks: by the names of ``ModelFamily.networks``.
     """
 
     checkpoint: Checkpoint
     file: safe_open
     parts: Mapping[str, Part]
-    places: Mapping[str, Mapping[str, Place]]
+    networks: Mapping[str, Network]
 
     def weight(self, network: str, name: str) -> Tensor | None:
         """The weight that is called ``name`` in the network in memory; None where the file has none."""
-        place = self.places[network].get(clip.in_full(name) if self.parts[network].tokenizer else name)
-        return None if place is None else place.take(self.file.get_tensor(self.checkpoint.tensors[place.key].key))
+        component, found = self.checkpoint.layout.components[self.parts[network].subfolder], self.networks[network]
+        full = component.full(name)
+        return found.read(self.file, full) if full in found.places else None
 
 
 def check_file(report: Report, path: Path, base: str | None, weights: Weights | None) -> None:
@@ -66,26 +67,37 @@ def check_file(report: Report, path: Path, base: str | None, weights: Weights | 
         report.run("finite", lambda: _finite(held))
         if weights is not None:
             report.run("equal to memory", lambda: _same(held, weights))
+        if unread := _unread(checkpoint):
+            report.run("diffusers: not asked", lambda: unread)
+            return
         with _loaded(report, checkpoint, beside) as networks:
             if networks is not None:
                 report.run("diffusers: every weight arrives", lambda: _arrived(held, networks))
 
 
 def _held(checkpoint: Checkpoint, beside: Template, file: safe_open) -> Held:
-    parts = dict(families()[checkpoint.layout.family].parts)
-    return Held(checkpoint, file, parts, {name: places(checkpoint, beside, part) for name, part in parts.items()})
+    networks = {name: network(checkpoint, beside, part) for name, part in beside.parts.items()}
+    return Held(checkpoint, file, beside.parts, networks)
 
 
 def _count(held: Held) -> str:
-    return f"all {sum(map(len, held.places.values()))} weights have a tensor of their shape"
+    return f"all {sum(len(found.places) for found in held.networks.values())} weights have a tensor of their shape"
 
 
 def _finite(held: Held) -> str:
-    keys = sorted({place.key for found in held.places.values() for place in found.values()})
+    keys = sorted(key for found in held.networks.values() for key in found.keys)
     for key in keys:
-        if not bool(torch.isfinite(held.file.get_tensor(held.checkpoint.tensors[key].key)).all()):
+        if not bool(torch.isfinite(held.checkpoint.tensors[key].read(held.file)).all()):
             raise GuardError(f"{key} holds numbers that are NaN or infinite")
     return f"{len(keys)} tensors"
+
+
+def _unread(checkpoint: Checkpoint) -> str | None:
+    """Why diffusers' converter cannot read a file that is right."""
+    width = checkpoint.tensors[checkpoint.layout.first].shape[0]
+    if checkpoint.layout is FLUX and width != _FLUX_WIDTH:
+        return f"its converter knows FLUX.1 of width {_FLUX_WIDTH} alone, and this one has {width}"
+    return None
 
 
 def _same(held: Held, weights: Weights) -> str:
@@ -110,10 +122,13 @@ def _loaded(report: Report, checkpoint: Checkpoint, beside: Template) -> Iterato
         beside.write(folder)
         with quiet():
             loaded = pipeline.from_single_file(
-                str(checkpoint.path), config=str(folder), local_files_only=True, torch_dtype=checkpoint.dtype
+                str(checkpoint.path),
+                config=str(folder),
+                local_files_only=True,
+                torch_dtype=checkpoint.dtype,
+                **dict.fromkeys(_absent(checkpoint, beside)),
             )
-        parts = families()[checkpoint.layout.family].parts
-        return {name: getattr(loaded, part.subfolder) for name, part in parts.items()}
+        return {name: getattr(loaded, part.subfolder) for name, part in beside.parts.items()}
 
     with TemporaryDirectory() as folder:
         yield report.run(
@@ -121,14 +136,25 @@ def _loaded(report: Report, checkpoint: Checkpoint, beside: Template) -> Iterato
         )
 
 
+def _absent(checkpoint: Checkpoint, beside: Template) -> Iterator[str]:
+    """What diffusers must be told that it is not there."""
+    for name, part in families()[checkpoint.layout.family].parts.items():
+        if name not in beside.parts:
+            yield from filter(None, (part.subfolder, part.tokenizer))
+
+
 def _arrived(held: Held, networks: Mapping[str, nn.Module]) -> str:
-    count = 0
-    for network, module in networks.items():
-        for name, value in module.state_dict().items():
-            stored = held.weight(network, name)
+    count, taken = 0, []
+    for part, module in networks.items():
+        component = held.checkpoint.layout.components[held.parts[part].subfolder]
+        for name, value in weights_in(module).items():
+            stored = held.weight(part, name)
             if stored is None:
-                raise GuardError(f"{network}.{name} is a weight that no tensor of the file has a place for")
+                raise GuardError(f"{part}.{name} is a weight that no tensor of the file has a place for")
             if not torch.equal(value, stored.to(value.dtype)):
-                raise GuardError(f"{network}.{name} is loaded with other values than the file's")
+                if component.full(name) not in component.identity:
+                    raise GuardError(f"{part}.{name} is loaded with other values than the file's")
+                taken.append(f"{part}.{name}")
             count += 1
-    return f"bit for bit, {count} weights"
+    rest = f"; not {', '.join(taken)}, which diffusers takes for the identity, ComfyUI as it is" if taken else ""
+    return f"bit for bit, {count} weights{rest}"

@@ -17,15 +17,12 @@ from finetune.export.full import weight_files
 from finetune.export.overlay import Overlay
 from finetune.export.read import SINGLE
 from finetune.families.folder import read_json
-from finetune.families.originals import clip
-from finetune.families.originals.checkpoint import V_KEY, ZERO_SNR_KEY
-from finetune.families.originals.layouts import SD1, SD2, SDXL, Layout, layout_of
-from finetune.families.originals.place import Place, fill
+from finetune.families.single_file.checkpoint import V_KEY, ZERO_SNR_KEY
+from finetune.families.single_file.layouts import Layout, layout_of
 from finetune.family import ExportNames
 from finetune.files import replacing, stream_tensors
-
-IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
-"""What ModelSpec calls the code whose layout this is, that of Stable Diffusion 1 and 2 too."""
+from finetune.originals import Place
+from finetune.originals.tensors import fill
 
 
 class Piece(NamedTuple):
@@ -70,12 +67,14 @@ def write_single_file(
     marks += [ZERO_SNR_KEY] if scheduler.get("rescale_betas_zero_snr") else []
     with ExitStack() as stack, replacing(path) as temporary:
         held = pieces(base, names, stack)
-        blanks = {key: fill([(one.place, one.blank(dtype)) for one in found]) for key, found in held.items()}
+        places = {key: [piece.place for piece in found] for key, found in held.items()}
+        blanks = {key: fill(places[key], [piece.blank(dtype) for piece in found]) for key, found in held.items()}
 
         def read(key: str) -> Tensor:
             if key in marks:
                 return torch.zeros(0)
-            return fill([(one.place, overlay.over(one.name, one.file.get_tensor(one.key))) for one in held[key]])
+            parts = [overlay.over(piece.name, piece.file.get_tensor(piece.key)) for piece in held[key]]
+            return fill(places[key], parts)
 
         stream_tensors(temporary, blanks | {mark: torch.zeros(0) for mark in marks}, read, metadata)
         overlay.finish(base)
@@ -92,16 +91,16 @@ def pieces(base: Path, names: Mapping[str, ExportNames], stack: ExitStack) -> di
     networks = {called.diffusers: network for network, called in names.items()}
     held: dict[str, list[Piece]] = {}
     for subfolder in layout.components:
+        if not (base / subfolder).is_dir():
+            continue  # a model of this architecture may do without: SD 3 without T5
         settings = read_json(base / subfolder / "config.json")
         network = networks.get(subfolder)
         level = names[network].missing_level if network else ""
         for file in weight_files(base / subfolder):
             opened = stack.enter_context(safe_open(file, framework="pt"))
-            full = dict(_weights(opened, subfolder.startswith("text_encoder")))
-            for name, place in layout.places(subfolder, full, settings).items():
-                key = full[name]
+            for key, place in layout.places(subfolder, _weights(opened), settings).items():
                 canonical = f"{network or subfolder}.{key.removeprefix(level)}"
-                held.setdefault(place.key, []).append(Piece(place, canonical, opened, key))
+                held.setdefault(place.path, []).append(Piece(place, canonical, opened, key))
     return held
 
 
@@ -116,17 +115,6 @@ def required_layout(base: Path) -> Layout:
     return found
 
 
-def architecture(base: Path, prediction: str) -> str:
-    """ModelSpec's name for what the file is; another for a model that has not the published sizes."""
-    layout = required_layout(base)
-    if read_json(base / "unet" / "config.json").get("cross_attention_dim") != layout.width:
-        return "stable-diffusion-custom"
-    sd2 = "stable-diffusion-v2-768-v" if prediction == "v_prediction" else "stable-diffusion-v2-512"
-    return {SD1.name: "stable-diffusion-v1", SD2.name: sd2, SDXL.name: "stable-diffusion-xl-v1-base"}[layout.name]
-
-
-def _weights(file: safe_open, text: bool) -> Iterator[tuple[str, str]]:
-    """Names in full, and keys. Older text encoders list their positions among the weights."""
-    for key in sorted(file.keys()):
-        if not key.endswith("position_ids"):
-            yield clip.in_full(key) if text else key, key
+def _weights(file: safe_open) -> Iterator[str]:
+    """Keys of weights. Older text encoders list their positions among them."""
+    yield from (key for key in sorted(file.keys()) if not key.endswith("position_ids"))

@@ -79,14 +79,14 @@ def load_family(
 def model_folder(config: ModelConfig) -> Path:
     """Where a model's files are on this machine, in diffusers' layout.
 
-    A single file is converted once (``originals.convert``), a hub model that is not in the cache is fetched.
+    A single file is converted once (``single_file.convert``), a hub model that is not in the cache is fetched.
 
     Raises:
         UserError: there is no such folder, file or hub model, or the file cannot be converted.
     """
     path = Path(config.path).expanduser()
     if path.is_file() and config.path != EMBEDDED:
-        from finetune.families.originals.convert import converted
+        from finetune.families.single_file.convert import converted
 
         return converted(config)
     for key in ("like", "prediction"):

@@ -135,8 +135,10 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
     from finetune.families.tiny import WIDTH, clip_text, drawn, unquantised
     from finetune.tinyworld.tokenizer import build
 
-    wide = 2 * WIDTH + 8  # as in the published one, more than both CLIPs
+    wider, wide = 24, 48  # the second CLIP, which diffusers tells from the first by it, and T5: more than both
     with drawn(seed):
+        first = clip_text(CLIPTextModelWithProjection, projection_dim=WIDTH, eos_token_id=2)
+        torch.nn.init.eye_(first.text_projection.weight)  # as published
         StableDiffusion3Pipeline(
             transformer=SD3Transformer2DModel(
                 sample_size=8,
@@ -147,14 +149,14 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
                 num_attention_heads=2,
                 joint_attention_dim=wide,
                 caption_projection_dim=16,
-                pooled_projection_dim=12 + 8,
+                pooled_projection_dim=WIDTH + 8,
                 pos_embed_max_size=16,
                 dual_attention_layers=(0,),  # as in 3.5 Medium
                 qk_norm="rms_norm",
             ).eval(),
             vae=unquantised(1.5305, 0.0609),
-            text_encoder=clip_text(CLIPTextModelWithProjection, projection_dim=12, eos_token_id=2),
-            text_encoder_2=clip_text(CLIPTextModelWithProjection, projection_dim=8, eos_token_id=2),
+            text_encoder=first,
+            text_encoder_2=clip_text(CLIPTextModelWithProjection, hidden_size=wider, projection_dim=8, eos_token_id=2),
             text_encoder_3=t5.tiny_encoder(wide),
             tokenizer=build(),
             tokenizer_2=build(),

@@ -17,18 +17,13 @@ from finetune.plan import plan
 from recipes import dreambooth
 
 WriteRecipe = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that are drawn with are converted below the working folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_a_file_is_planned_trained_resumed_reported_and_trained_on(
     write_recipe: WriteRecipe, tiny_sd: Path, single_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = {"path": str(single_file(tiny_sd)), "like": str(tiny_sd), "cache": str(tmp_path / "cache")}
+    model = {"path": str(single_file(tiny_sd)), "like": str(tiny_sd)}
     settings: dict[str, object] = {
         "adapter": {"kind": "full"},
         "prior": {"kind": "none"},
@@ -48,7 +43,7 @@ def test_a_file_is_planned_trained_resumed_reported_and_trained_on(
 
     shutil.rmtree(run / "checkpoints" / "step-000003")
     shutil.rmtree(run / "adapters")
-    dreambooth.main(read_recipe(path, [f"model.cache={tmp_path / 'elsewhere'}"]))
+    dreambooth.main(read_recipe(path))
     assert file.read_bytes() == whole
 
     (picture,) = sample(run, ["a photo of zib star"], sampler=SamplerConfig(steps=2))

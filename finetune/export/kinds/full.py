@@ -20,12 +20,13 @@ from finetune.export.full import write_model
 from finetune.export.kinds import Contents
 from finetune.export.metadata import OWN, describe
 from finetune.export.read import DELTA_FILE, MODEL, SINGLE, Identity
-from finetune.export.single_file import IMPLEMENTATION, architecture, write_single_file
+from finetune.export.single_file import required_layout, write_single_file
+from finetune.families.single_file.layouts import DENOISER
 from finetune.family import ModelFamily
 
 LAYOUTS = (MODEL, SINGLE, DELTA)
 _FORMATS = {"diffusers": MODEL, SINGLE: SINGLE, DELTA: DELTA}  # what a recipe calls them
-_KEYS = ("model.diffusion_model.", "first_stage_model.")
+_KEYS = (DENOISER, ("first_stage_model.", "vae."))
 
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
@@ -44,7 +45,7 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
             continue
         header = _header(layout, weights, family, recipe)
         if layout == SINGLE:
-            spec = {"architecture": architecture(base, family.objective.prediction), "implementation": IMPLEMENTATION}
+            spec = {"architecture": _architecture(family), "implementation": required_layout(base).code}
             header |= {f"modelspec.{key}": value for key, value in spec.items()}
             settings = family.scheduler().config
             written.append(write_single_file(weights, base, path, names, dtype, header, settings))
@@ -108,3 +109,11 @@ def _header(layout: str, weights: Weights, family: ModelFamily, recipe: Recipe) 
     architecture = header["modelspec.architecture"].removesuffix("/lora") + "/delta"
     count = str(len(weights.tensors))
     return header | {f"{OWN}kind": "full", f"{OWN}layers": count, "modelspec.architecture": architecture}
+
+
+def _architecture(family: ModelFamily) -> str:
+    """ModelSpec's name for what a whole model is; it tells the two kinds of SD 2 apart."""
+    name = family.published.architecture
+    if name != "stable-diffusion-v2":
+        return name
+    return f"{name}-768-v" if family.objective.prediction == "v_prediction" else f"{name}-512"

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as theirs
-from torch import Tensor
-
 from finetune.families.originals.clip import in_full
 from finetune.families.originals.convert import meta
 from finetune.families.originals.layouts import LAYOUTS, SD1, SD2, SDXL, Layout
 from finetune.families.originals.place import Place, fill
 from finetune.families.originals.published import documents
 from finetune.families.originals.template import parts_of
+from torch import Tensor
 
 PUBLISHED = {  # weights and tensors of each network
     SD1: {"unet": (686, 686), "vae": (248, 248), "text_encoder": (196, 196)},

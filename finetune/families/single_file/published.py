@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.families.originals.layouts import SD1, SD2, SDXL, Layout
+from finetune.families.single_file.layouts import SD1, SD2, SDXL, Layout
 
 Documents = Mapping[str, Mapping[str, Any]]
 """JSON by its path in a diffusers folder."""
@@ -127,6 +127,11 @@ _SD = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
 }
 _UNCHECKED = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+
+
+def knows(layout: Layout) -> bool:
+    """Whether there are settings for files of ``layout``: of the others there are several sizes, and T5's tokenizer."""
+    return layout.name in _DOCUMENTS
 
 
 def documents(layout: Layout, prediction: str) -> Documents:

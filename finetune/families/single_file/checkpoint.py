@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +14,37 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.families.originals.layouts import LAYOUTS, Layout
+from finetune.families.single_file.layouts import DENOISER, LAYOUTS, SD1, Layout
 from finetune.objective import Prediction
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 """Keys of empty tensors by which ComfyUI knows that a model predicts v, and from a first step of pure noise."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.bfloat16,  # which holds every number of these two
+    "F8_E5M2": torch.bfloat16,
+}
+_SCALES = (
+    ".scale_weight",
+    ".weight_scale",
+    "scaled_fp8",
+    ".comfy_quant",
+)  # keys of what packed numbers are to be multiplied with
 _PREDICTIONS: Mapping[str, Prediction] = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
     "epsilon": "epsilon",
     "eps": "epsilon",
 }
-_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+_ALONE = tuple(one.mark.removeprefix(DENOISER) for one in LAYOUTS if one.mark.startswith(DENOISER))
+"""By which a file of nothing but a denoiser is known, whose keys may lack their prefix."""
 _REFINER = "conditioner.embedders.0.model."
-_LEVELLESS = re.compile(r"\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
+_OURS = ("down_blocks.", "transformer_blocks.", "text_model.", "encoder.down_blocks.")
 
 
 class Stored(NamedTuple):
@@ -43,8 +56,13 @@ class Stored(NamedTuple):
 
     @property
     def blank(self) -> Tensor:
-        """One like it on the meta device."""
+        """One like it on the meta device, in the dtype that it is read in."""
         return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device="meta")
+
+    def read(self, file: safe_open) -> Tensor:
+        """The tensor; numbers of 8 bits as bfloat16."""
+        found: Tensor = file.get_tensor(self.key)
+        return found.to(_DTYPES.get(self.dtype, found.dtype))
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,11 @@ class Checkpoint:
     layout: Layout
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
+
+    def holds(self, subfolder: str) -> bool:
+        """Whether a network, by its subfolder of a diffusers folder, is in the file."""
+        prefix = self.layout.components[subfolder].prefix
+        return any(key.startswith(prefix) for key in self.tensors)
 
     @property
     def prediction(self) -> Prediction | None:
@@ -98,12 +121,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"model.path: {path} is a pickle, which can run any code when it is opened, and is not read; take the "
             "author's .safetensors, or convert it with a tool and on a machine that you trust"
         )
+    if path.suffix == ".gguf":
+        raise UserError(f"model.path: {path} holds packed numbers; take the .safetensors that it was made of")
     with opened(path) as file:
         metadata = dict(file.metadata() or {})
         slices = {key: file.get_slice(key) for key in sorted(file.keys())}
         stored = {key: Stored(key, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
-    tensors = {_LEVELLESS.sub(".transformer.text_model.", key): one for key, one in stored.items()}
-    return Checkpoint(path, _layout(path, tensors), tensors, metadata)
+    alone = DENOISER if any(key.startswith(_ALONE) for key in stored) else ""
+    layout = _layout(path, {alone + key for key in stored})
+    tensors = {_called(layout, alone + key): one for key, one in stored.items()}
+    _require_plain(path, layout, tensors)
+    return Checkpoint(path, layout, tensors, metadata)
 
 
 @contextmanager
@@ -121,37 +149,53 @@ def opened(path: Path) -> Iterator[safe_open]:
         yield within
 
 
-def _layout(path: Path, tensors: Mapping[str, Stored]) -> Layout:
-    found = next((one for one in LAYOUTS if any(key.startswith(one.mark) for key in tensors)), None)
-    if found is None:
-        raise UserError(f"{path}: {_stranger(tensors)}")
-    for subfolder, component in found.components.items():
-        if not any(key.startswith(component.prefix) for key in tensors):
-            raise UserError(f"{path}: is of {found.name}, but holds no {subfolder}: no key begins {component.prefix!r}")
-    if any(key.startswith("edm_") for key in tensors):
-        raise UserError(f"{path}: says by keys edm_... that its noise is EDM's; that is not read from a single file")
-    if _FIRST in tensors and (channels := tensors[_FIRST].shape[1]) != 4:
-        raise UserError(
-            f"{path}: the U-Net has {channels} input channels and does not read plain latents; inpainting models "
-            "cannot be trained"
-        )
-    for component in found.components.values():
-        for key, one in tensors.items():
-            if key.startswith(component.prefix) and one.dtype not in _DTYPES and not one.dtype.startswith("I"):
-                raise UserError(f"{path}: {one.key} is {one.dtype}; expected one of {', '.join(_DTYPES)}")
+def _called(layout: Layout, key: str) -> str:
+    """A key as the layout has it, whatever the tool that wrote it."""
+    for other, ours in layout.renamed.items():
+        if key.startswith(other):
+            key = ours + key.removeprefix(other)
+    for component in layout.components.values():
+        if component.table is None and key.startswith(component.prefix):
+            return component.prefix + component.full(key.removeprefix(component.prefix))
+    return key
+
+
+def _layout(path: Path, keys: Set[str]) -> Layout:
+    found = next((one for one in LAYOUTS if any(key.startswith(one.mark) for key in keys)), None)
+    if found is None or not any(key.startswith(DENOISER) for key in keys):
+        raise UserError(f"{path}: {_stranger(keys)}")
     return found
 
 
-def _stranger(tensors: Mapping[str, Stored]) -> str:
+def _require_plain(path: Path, layout: Layout, tensors: Mapping[str, Stored]) -> None:
+    """Refuse models that are asked more than to take noise from latents, and numbers that are not what they say."""
+    if any(key.startswith("edm_") for key in tensors):
+        raise UserError(f"{path}: says by keys edm_... that its noise is EDM's; that is not read from a single file")
+    if layout.first in tensors and (channels := tensors[layout.first].shape[1]) > layout.channels:
+        raise UserError(
+            f"{path}: the denoiser has {channels} input channels and does not read plain latents; inpainting and "
+            "control models cannot be trained"
+        )
+    if scaled := next((key for key in tensors if key.endswith(_SCALES)), None):
+        raise UserError(f"{path}: {scaled!r} says that its numbers are packed; take the file that it was made of")
+    for component in layout.components.values():
+        for key, one in tensors.items():
+            if key.startswith(component.prefix) and one.dtype not in _DTYPES and not one.dtype.startswith("I"):
+                raise UserError(f"{path}: {one.key} is {one.dtype}; expected one of {', '.join(_DTYPES)}")
+
+
+def _stranger(keys: Set[str]) -> str:
     """What a file of no layout may be."""
-    if any("lora" in key or "hada_" in key or "lokr_" in key for key in tensors):
+    if any("lora" in key or "hada_" in key or "lokr_" in key for key in keys):
         return "holds an adapter and no model; model.path names the model that it is for"
-    if any(key.startswith(_REFINER) for key in tensors):
+    if any(key.startswith(_REFINER) for key in keys):
         return "is SDXL's refiner, which finishes another model's pictures; train the base model"
     known = ", ".join(layout.name for layout in LAYOUTS)
-    if _FIRST in tensors:
+    if SD1.first in keys:
         return f"holds a U-Net and no text encoder; expected a whole model ({known})"
-    first = f"its first key is {min(tensors)!r}" if tensors else "it holds no tensors"
+    if any(key.startswith(_OURS) for key in keys):
+        return "is one network of a diffusers folder; model.path names the folder that holds model_index.json"
+    first = f"its first key is {min(keys)!r}" if keys else "it holds no tensors"
     return f"is no single file of a model that is known ({known}); {first}"
 
 
