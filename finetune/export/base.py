@@ -12,8 +12,6 @@ from finetune.export.metadata import OWN, sampling
 from finetune.export.read import Identity
 from finetune.family import ModelFamily
 
-INDEX = "model_index.json"
-
 
 def load_base(found: Identity, base: str | None = None, prompt_chunks: int | None = None) -> ModelFamily:
     """The family of an adapter's base model, or of a whole model itself, with no network in memory yet.
@@ -47,7 +45,7 @@ def _settings(found: Identity, path: str) -> Mapping[str, Any]:
     A single file in its place takes settings and tokenizers of the one it was trained on: the two are of one kind, or
     the adapter does not fit.
     """
-    from finetune.families import EMBEDDED
+    from finetune.families.single_file.template import nearby
 
     said = found.metadata
     revision, like, prediction = (said.get(f"{OWN}{key}") for key in ("revision", "like", "base_prediction"))
@@ -55,5 +53,5 @@ def _settings(found: Identity, path: str) -> Mapping[str, Any]:
         return {"revision": revision, **({"like": like, "prediction": prediction} if Path(path).is_file() else {})}
     if not Path(path).is_file():
         return {}
-    near = (name for name in (like, found.base) if name and (name == EMBEDDED or (Path(name) / INDEX).is_file()))
-    return {"like": next(near, None)}
+    near = (nearby(name, revision) for name in (like, found.base) if name)
+    return {"like": next((str(folder) for folder in near if folder), None)}

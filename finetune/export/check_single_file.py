@@ -42,7 +42,7 @@ class Held:
     def weight(self, network: str, name: str) -> Tensor | None:
         """The weight that is called ``name`` in the network in memory; None where the file has none."""
         component, found = self.checkpoint.layout.components[self.parts[network].subfolder], self.networks[network]
-        full = component.full(name)
+        full = component.copies.get(name, component.full(name))
         return found.read(self.file, full) if full in found.places else None
 
 

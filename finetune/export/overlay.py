@@ -25,7 +25,8 @@ class Overlay:
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         check(weights.tensors)
         self.dtype = dtype
-        self._rest = dict(weights.tensors)
+        self._trained = weights.tensors
+        self._rest = set(weights.tensors)
         self._changed = False
 
     def over(self, name: str, old: Tensor) -> Tensor:
@@ -34,9 +35,10 @@ class Overlay:
         Raises:
             GuardError: the trained weight is of another shape.
         """
-        if name not in self._rest:
+        if name not in self._trained:
             return cast(old, self.dtype)
-        new = self._rest.pop(name)
+        new = self._trained[name]
+        self._rest.discard(name)
         if new.shape != old.shape:
             raise GuardError(f"{name} is {list(new.shape)}, but {list(old.shape)} in the base model")
         written = cast(new, self.dtype)

@@ -101,6 +101,10 @@ def pieces(base: Path, names: Mapping[str, ExportNames], stack: ExitStack) -> di
             for key, place in layout.places(subfolder, _weights(opened), settings).items():
                 canonical = f"{network or subfolder}.{key.removeprefix(level)}"
                 held.setdefault(place.path, []).append(Piece(place, canonical, opened, key))
+        component = layout.components[subfolder]
+        for both in component.copies.items():
+            keys = [component.prefix + name for name in both]
+            held |= {key: held[stored] for stored in keys if stored in held for key in keys}
     return held
 
 

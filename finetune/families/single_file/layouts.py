@@ -23,12 +23,14 @@ class Component:
         table: of ``finetune.originals``, by the network's settings; None where the names are those of transformers.
         level: in front of all names of CLIPs; some versions of transformers leave it out.
         identity: weights that are the identity where the file has none.
+        copies: names under which files hold a weight again -> its own.
     """
 
     prefix: str
     table: Callable[[Mapping[str, Any]], Places] | None = None
     level: str = ""
     identity: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def full(self, name: str) -> str:
         """A weight's name with its ``level``."""
@@ -89,6 +91,7 @@ class Layout:
 _STABILITY = "https://github.com/Stability-AI/generative-models"  # ModelSpec's for Stable Diffusion 1 and 2 too
 _UNET = {"unet": Component(DENOISER, unet.places), "vae": Component("first_stage_model.", vae.places)}
 _FIRST = f"{DENOISER}input_blocks.0.0.weight"
+_T5 = Component("text_encoders.t5xxl.transformer.", copies={"encoder.embed_tokens.weight": "shared.weight"})
 
 
 def _clip(prefix: str, **settings: Any) -> Component:
@@ -133,7 +136,7 @@ SD3 = Layout(
         "vae": Component("first_stage_model.", vae.places),
         "text_encoder": _clip("text_encoders.clip_l.transformer.", identity=("text_projection.weight",)),
         "text_encoder_2": _clip("text_encoders.clip_g.transformer."),
-        "text_encoder_3": Component("text_encoders.t5xxl.transformer."),
+        "text_encoder_3": _T5,
     },
     mark=f"{DENOISER}joint_blocks.0.",
     first=f"{DENOISER}x_embedder.proj.weight",
@@ -150,7 +153,7 @@ FLUX = Layout(
         "transformer": Component(DENOISER, flux.places),
         "vae": Component("vae.", vae.places),
         "text_encoder": _clip("text_encoders.clip_l.transformer."),
-        "text_encoder_2": Component("text_encoders.t5xxl.transformer."),
+        "text_encoder_2": _T5,
     },
     mark=f"{DENOISER}double_blocks.0.img_mod.",  # FLUX.2 has one modulation for all blocks, Chroma none
     first=f"{DENOISER}img_in.weight",

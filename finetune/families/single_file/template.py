@@ -131,7 +131,7 @@ def _origin(checkpoint: Checkpoint) -> Path | None:
     while True:
         base = said.get("finetune.base", "")
         for name in filter(None, (said.get("finetune.like"), base)):
-            if found := _nearby(name, said.get("finetune.revision")):
+            if found := nearby(name, said.get("finetune.revision")):
                 return found
         file = Path(base).resolve()
         if not file.is_file() or file.suffix != ".safetensors" or file in seen:
@@ -140,7 +140,7 @@ def _origin(checkpoint: Checkpoint) -> Path | None:
         said = read_checkpoint(file).metadata
 
 
-def _nearby(name: str, revision: str | None) -> Path | None:
+def nearby(name: str, revision: str | None) -> Path | None:
     """A model's folder, where it need not be fetched."""
     from huggingface_hub import snapshot_download
 
