@@ -45,7 +45,7 @@ def _settings(found: Identity, path: str) -> Mapping[str, Any]:
     A single file in its place takes settings and tokenizers of the one it was trained on: the two are of one kind, or
     the adapter does not fit.
     """
-    from finetune.families.single_file.template import nearby
+    from finetune.families.single_file.origin import nearby
 
     said = found.metadata
     revision, like, prediction = (said.get(f"{OWN}{key}") for key in ("revision", "like", "base_prediction"))

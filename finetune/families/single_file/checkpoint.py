@@ -85,6 +85,11 @@ class Checkpoint:
         return any(key.startswith(prefix) for key in self.tensors)
 
     @property
+    def lacking(self) -> list[str]:
+        """Networks of the layout that the file does not hold, by their subfolders."""
+        return [subfolder for subfolder in self.layout.components if not self.holds(subfolder)]
+
+    @property
     def prediction(self) -> Prediction | None:
         """What the file says that its denoiser answers; None where it says nothing.
 

@@ -13,7 +13,8 @@ from finetune.config.schema import ModelConfig
 from finetune.families.folder import file_digest
 from finetune.families.single_file.checkpoint import Checkpoint, opened, read_checkpoint
 from finetune.families.single_file.network import network
-from finetune.families.single_file.template import INDEX, Template, template
+from finetune.families.single_file.origin import INDEX
+from finetune.families.single_file.template import Template, template
 from finetune.files import PARTIAL, replacing_folder, stream_tensors
 
 _VERSION = "2"  # of what is written for the same file and template

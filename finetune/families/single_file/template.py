@@ -7,23 +7,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
-from finetune.families import EMBEDDED, families, model_folder, on_hub
+from finetune.families import families
 from finetune.families.folder import Part, file_digest, read_json
 from finetune.families.schedulers import with_settings
 from finetune.families.single_file import published
-from finetune.families.single_file.checkpoint import Checkpoint, read_checkpoint
+from finetune.families.single_file.checkpoint import Checkpoint
 from finetune.families.single_file.layouts import SD2, Layout, layout_of
+from finetune.families.single_file.origin import BESIDE, INDEX, fetched, origin
 from finetune.files import write_json
 from finetune.objective import Prediction
 
-INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _CLIPS = {  # whose tokenizer is that of every architecture -> where it lies
     "openai/clip-vit-large-patch14": "",
@@ -34,7 +34,6 @@ _CLIPS = {  # whose tokenizer is that of every architecture -> where it lies
     "CompVis/stable-diffusion-v1-4": "tokenizer/",
 }
 _VOCABULARY = ("vocab.json", "merges.txt")
-_BESIDE = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
@@ -105,69 +104,19 @@ def template(checkpoint: Checkpoint, config: ModelConfig) -> Template:
 
 def _needed(checkpoint: Checkpoint) -> str:
     """What the published model's settings cannot stand in for; nothing where they can."""
-    layout = checkpoint.layout
-    missing = [subfolder for subfolder in layout.components if not checkpoint.holds(subfolder)]
-    lacks = [f"no {', '.join(missing)}"] if missing else []
-    return " and ".join([*lacks, *([] if published.knows(layout) else ["no settings and no tokenizers"])])
+    lacks = [f"no {', '.join(checkpoint.lacking)}"] if checkpoint.lacking else []
+    return " and ".join([*lacks, *([] if published.knows(checkpoint.layout) else ["no settings and no tokenizers"])])
 
 
 def _like(checkpoint: Checkpoint, config: ModelConfig) -> Path | None:
     layout = checkpoint.layout
     if config.like is not None:
-        missing = [subfolder for subfolder in layout.components if not checkpoint.holds(subfolder)]
-        folder = _fetched(config.like, config.revision, missing)
+        folder = fetched(config.like, config.revision, checkpoint.lacking)
         if layout_of(folder) is not layout:
             raise UserError(f"model.like: {config.like} is another kind of model than {checkpoint.path}: {layout.name}")
         return folder
-    origin = _origin(checkpoint)
-    return origin if origin and layout_of(origin) is layout else None
-
-
-def _origin(checkpoint: Checkpoint) -> Path | None:
-    """The folder on this machine that a file's header leads to, by way of the files between, each trained from the
-    next.
-    """
-    said, seen = checkpoint.metadata, {checkpoint.path.resolve()}
-    while True:
-        base = said.get("finetune.base", "")
-        for name in filter(None, (said.get("finetune.like"), base)):
-            if found := nearby(name, said.get("finetune.revision")):
-                return found
-        file = Path(base).resolve()
-        if not file.is_file() or file.suffix != ".safetensors" or file in seen:
-            return None
-        seen.add(file)
-        said = read_checkpoint(file).metadata
-
-
-def nearby(name: str, revision: str | None) -> Path | None:
-    """A model's folder, where it need not be fetched."""
-    from huggingface_hub import snapshot_download
-
-    if on_hub(name):
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except (OSError, ValueError):
-            return None
-    return model_folder(ModelConfig(path=name)) if name == EMBEDDED or (Path(name) / INDEX).is_file() else None
-
-
-def _fetched(like: str, revision: str | None, missing: Iterable[str]) -> Path:
-    """The folder of ``model.like``; of a hub model all but the weights of networks that are not ``missing``."""
-    from huggingface_hub import snapshot_download
-
-    if not on_hub(like):
-        folder = model_folder(ModelConfig(path=like))
-        if not (folder / INDEX).is_file():
-            raise UserError(f"model.like: {folder} is no diffusers folder: it has no {INDEX}")
-        return folder
-    wanted = [*(f"*{suffix}" for suffix in _BESIDE), *(f"{subfolder}/*.safetensors" for subfolder in missing)]
-    try:
-        found = snapshot_download(like, revision=revision, allow_patterns=wanted, ignore_patterns="*.fp16*")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.like: {like!r} is no folder and could not be fetched: {reason}") from error
-    return Path(found)
+    found = origin(checkpoint)
+    return found if found and layout_of(found) is layout else None
 
 
 def _of_folder(folder: Path, checkpoint: Checkpoint) -> Template:
@@ -190,7 +139,7 @@ def _of_folder(folder: Path, checkpoint: Checkpoint) -> Template:
         settings, stored = read_json(folder / _config(part)), ("dtype", "torch_dtype")  # of that folder's weights
         documents[_config(part)] = {key: settings[key] for key in settings if key not in stored}
         if part.tokenizer:
-            files |= _files(folder, part.tokenizer, lambda file: file.suffix in _BESIDE)
+            files |= _files(folder, part.tokenizer, lambda file: file.suffix in BESIDE)
         if not checkpoint.holds(part.subfolder):
             weights = _files(folder, part.subfolder, lambda file: _WEIGHTS.fullmatch(file.name) is not None)
             if not weights:
