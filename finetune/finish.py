@@ -23,7 +23,7 @@ from finetune.evaluation import Answers, Captioned, Command, Evaluation, Exporte
 from finetune.evaluation.machine import machine, versions
 from finetune.export import Identity, Verification, export, identify, pieces, verify
 from finetune.export.sample import adapted
-from finetune.families import load_family
+from finetune.families import families, load_family
 from finetune.family import ModelFamily
 from finetune.sampling import draw
 from finetune.train import RunFolder, Trainer
@@ -119,7 +119,7 @@ def report(
         metrics=metrics,
         snapshots=_snapshots(folder.samples, shown.prompts),
         exported=[_exported(one, folder.path) for one in verified],
-        commands=_commands(recipe, verified, asked),
+        commands=_commands(recipe, families()[base.name].pipelines[0], verified, asked),
         recipe=lock(recipe),
         facts={**machine(), **versions(), "processes": processes.describe()},
         notes=shown.notes,
@@ -223,17 +223,17 @@ def _exported(one: Verification, run: Path) -> ExportedFile:
     return ExportedFile(str(one.path.relative_to(run)), found.layout, size, checks)
 
 
-def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions) -> list[Command]:
+def _commands(recipe: Recipe, kind: str, verified: Sequence[Verification], asked: Questions) -> list[Command]:
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
     base = recipe.model.path
     if base == "tinyworld":
-        loading = "from finetune.tinyworld import BASE\n\npipeline = StableDiffusionPipeline.from_pretrained(BASE)"
+        loading = f"from finetune.tinyworld import BASE\n\npipeline = {kind}.from_pretrained(BASE)"
     else:
-        loading = f"\npipeline = StableDiffusionPipeline.{_from(base)}({base!r})"
+        loading = f"\npipeline = {kind}.{_from(base, recipe)}"
     used = pieces(path.parent)
     if used[0].whole:
-        loading = f"\npipeline = StableDiffusionPipeline.{_from(used[0].path)}({str(used[0].path)!r})"
+        loading = f"\npipeline = {kind}.{_from(str(used[0].path), recipe)}"
     lines = [_loading(one) for one in used if not one.whole]
     own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
     loading = "\n".join([own + loading, *lines])
@@ -244,15 +244,20 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"from diffusers import StableDiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"from diffusers import {kind}\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
 
 
-def _from(model: str | Path) -> str:
-    """The method of diffusers' pipelines that loads it."""
-    return "from_single_file" if Path(model).is_file() else "from_pretrained"
+def _from(model: str, recipe: Recipe) -> str:
+    """How diffusers' pipelines load it: a single file with the settings of a model that it is like."""
+    if not Path(model).is_file():
+        return f"from_pretrained({model!r})"
+    base = recipe.model.path
+    like = recipe.model.like or (None if Path(base).is_file() else base)
+    config = f", config={like!r}" if like else ""
+    return f"from_single_file({model!r}{config})"
 
 
 def _loading(one: Identity) -> str:

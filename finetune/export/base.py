@@ -48,7 +48,7 @@ def _settings(found: Identity, path: str) -> Mapping[str, Any]:
     from finetune.families.single_file.origin import nearby
 
     said = found.metadata
-    revision, like, prediction = (said.get(f"{OWN}{key}") for key in ("revision", "like", "base_prediction"))
+    revision, like, prediction = (said.get(f"{OWN}{key}") or None for key in ("revision", "like", "base_prediction"))
     if path == found.base:
         return {"revision": revision, **({"like": like, "prediction": prediction} if Path(path).is_file() else {})}
     if not Path(path).is_file():

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from finetune.config import read_recipe
-from finetune.config.schema import SamplerConfig
+from finetune.config.schema import ModelConfig, SamplerConfig
 from finetune.export import identify
 from finetune.export.sample import sample
-from finetune.families import load_family
+from finetune.families import flux, load_family
 from finetune.plan import plan
 from recipes import dreambooth
 
@@ -53,3 +54,24 @@ def test_a_file_is_planned_trained_resumed_reported_and_trained_on(
     dreambooth.main(read_recipe(write_recipe(model={"path": str(learned)}, **settings)))
     assert identify(run).layout == "single-file"
     assert load_family(read_recipe(path).model).source == str(learned)
+
+
+def test_a_transformer_alone_becomes_a_whole_model(
+    write_recipe: WriteRecipe, single_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = flux.tiny(tmp_path / "flux")
+    file, prefix = single_file(folder), "model.diffusion_model."
+    tensors = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
+    save_file(tensors, file)
+    path = write_recipe(
+        model={"path": str(file), "like": str(folder)},
+        adapter={"kind": "full", "select": "attention"},
+        prior={"kind": "none"},
+        train={"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "threads": 1},
+        export={"formats": ["single-file"], "dtype": "bfloat16"},
+    )
+    dreambooth.main(read_recipe(path))
+    (learned,) = (tmp_path / "run" / "adapters").iterdir()
+    assert set(tensors) < {key.removeprefix(prefix) for key in load_file(learned)}
+    found = load_family(ModelConfig(path=str(learned)))
+    assert (found.name, found.guidance) == ("flux", 1.0)
