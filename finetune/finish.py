@@ -16,6 +16,7 @@ import psutil
 from finetune import evaluation
 from finetune.adapter import Weights
 from finetune.config import Recipe, lock
+from finetune.config.schema import ModelConfig
 from finetune.data import Batches, Concept, Picture, wording
 from finetune.data.places import Place
 from finetune.distributed import Processes
@@ -23,7 +24,7 @@ from finetune.evaluation import Answers, Captioned, Command, Evaluation, Exporte
 from finetune.evaluation.machine import machine, versions
 from finetune.export import Identity, Verification, export, identify, pieces, verify
 from finetune.export.sample import adapted
-from finetune.families import families, load_family
+from finetune.families import EMBEDDED, families, load_family, model_folder
 from finetune.family import ModelFamily
 from finetune.sampling import draw
 from finetune.train import RunFolder, Trainer
@@ -256,6 +257,8 @@ def _from(model: str, recipe: Recipe) -> str:
         return f"from_pretrained({model!r})"
     base = recipe.model.path
     like = recipe.model.like or (None if Path(base).is_file() else base)
+    if like == EMBEDDED:
+        like = str(model_folder(ModelConfig(path=like)))
     config = f", config={like!r}" if like else ""
     return f"from_single_file({model!r}{config})"
 
