@@ -65,6 +65,30 @@ def test_every_weight_is_read_back_bit_for_bit(name, bases, trained, recipe, tmp
     assert (there.path, there.layout, there.whole) == (path, "single-file", True)
 
 
+def test_what_diffusers_reads_otherwise_is_said(bases, trained, recipe, tmp_path):
+    for text_encoder in (False, True):
+        family, adapter = trained("full", bases["sd3"], text_encoder=text_encoder)
+        chosen = recipe(adapter={"kind": "full"}, export=FORMATS, model={"path": str(bases["sd3"])})
+        (path,) = export(adapter.weights(), family, chosen, tmp_path / "adapters")
+        (found,) = [check for check in verify(path).require().checks if check.name.endswith("arrives")]
+        assert ("not text_encoder.text_projection.weight" in found.detail) == text_encoder
+
+
+@pytest.mark.slow
+def test_diffusers_reads_flux_of_the_published_width(bases, trained, recipe, tmp_path):
+    base = Path(shutil.copytree(bases["flux"], tmp_path / "base"))
+    settings = {**diffusers.FluxTransformer2DModel.load_config(base, subfolder="transformer")}
+    settings |= {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
+    diffusers.FluxTransformer2DModel.from_config(settings).to(torch.bfloat16).save_pretrained(base / "transformer")
+    family, adapter = trained("full", base, select="norm-bias")
+    export_ = {**FORMATS, "dtype": "bfloat16"}
+    chosen = recipe(adapter={"kind": "full"}, export=export_, model={"path": str(base)})
+    (path,) = export(adapter.weights(), family, chosen, tmp_path / "adapters")
+    found = verify(path, weights=adapter.weights()).require()
+    assert "diffusers: every weight arrives" in {check.name for check in found.checks}
+    assert header(path)["modelspec.architecture"] == "flux-1-dev"
+
+
 def test_diffusers_draws_the_same_picture_with_the_file_as_with_the_folder(bases, trained, recipe, tmp_path):
     family, adapter = trained("full", bases["sd1"], text_encoder=True)
     chosen = recipe(adapter={"kind": "full"}, export={"formats": ["diffusers", "single-file"]})
