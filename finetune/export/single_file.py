@@ -49,7 +49,7 @@ def write_single_file(
 ) -> Path:
     """Write the diffusers folder ``base`` with the trained weights put in as one file, whole or not at all.
 
-    One tensor is in memory at a time.
+    One tensor is in memory at a time, beside pages of the base's files, which the system takes back when it needs them.
 
     Args:
         names: of the family's networks.

@@ -372,7 +372,8 @@ def test_what_a_file_predicts(
     file = single_file(folder, **metadata)
     if key:
         rewritten(file, lambda tensors: tensors.update({key: torch.zeros(0)}))
-    assert base(file, like=str(folder), prediction=setting).process.prediction == expected
+    found = template(read_checkpoint(file), ModelConfig(path=str(file), like=str(folder), prediction=setting))
+    assert found.documents["scheduler/scheduler_config.json"]["prediction_type"] == expected
 
 
 def test_the_settings_beside_a_file_say_it_and_recipes_do_not(tiny_sd: Path, single_file: SingleFile) -> None:
