@@ -73,7 +73,9 @@ class SD3(DiffusersFolder):
         )
         levels = {name: missing_level(self.parts[name]) for name in CLIPS}
         self.export_names = {
-            "denoiser": ExportNames("transformer", "lora_unet", places=original.places(settings), unread_by=_UNREAD_BY),
+            "denoiser": ExportNames(
+                "transformer", "lora_unet", places=original.places(settings), unread_by=_UNREAD_BY, single_file=True
+            ),
             "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
             **({T5: ExportNames(T5, "lora_te3", words="t5xxl")} if T5 in self.parts else {}),

@@ -62,7 +62,9 @@ class SDXL(UNetFolder):
         )
         levels = {name: unet.missing_level(self.parts[name]) for name in self.text_encoders}
         self.export_names = {
-            "denoiser": ExportNames("unet", "lora_unet", places=original.places(self.settings["denoiser"])),
+            "denoiser": ExportNames(
+                "unet", "lora_unet", places=original.places(self.settings["denoiser"]), single_file=True
+            ),
             "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
         }
