@@ -103,6 +103,7 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="That the run will be launched on.")] = 1,
+    profiles: Annotated[bool, typer.Option(help="Say what each memory profile would need.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe would do: pictures, steps, class images, memory, files. Loads no weights."""
@@ -116,7 +117,7 @@ def plan(
     resolved = read_recipe(recipe, overrides or [])  # before anything slow is imported
     from finetune import plan as plans
 
-    found = plans.plan(resolved, processes)
+    found = plans.plan(resolved, processes, profiles)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:
@@ -139,12 +140,18 @@ def sample(
     prompt_chunks: Annotated[
         int | None, typer.Option(min=1, help="Times the text encoder's 77 tokens.", show_default="what the file says")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
 ) -> None:
     """Draw with an exported adapter, loaded by diffusers as anybody would."""
-    from finetune.config.schema import SamplerConfig
+    from finetune.config.memory import DTYPES
+    from finetune.config.schema import ModelConfig, SamplerConfig
+    from finetune.errors import UserError, nearest
     from finetune.export import sample as export_sample
     from finetune.files import replacing
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is not known{nearest(dtype, DTYPES)}")
 
     sampler = SamplerConfig(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale, scheduler=scheduler)
     pictures = export_sample.sample(
@@ -157,6 +164,7 @@ def sample(
         count=count,
         resolution=resolution,
         prompt_chunks=prompt_chunks,
+        held=ModelConfig(dtype=dtype),
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"
@@ -240,7 +248,9 @@ def evaluate(
 
 @app.command()
 def tokens(
-    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub name, or tinyworld.")] = "tinyworld",
+    model: Annotated[
+        str, typer.Argument(help="A diffusers folder, a hub name, tinyworld or tinyworld-flow.")
+    ] = "tinyworld",
     count: Annotated[int, typer.Option(min=1)] = 20,
 ) -> None:
     """Rare words for a new subject: one token each, hardly used, with the norm of what they mean so far."""
@@ -263,8 +273,16 @@ def models() -> None:
     from finetune.families.support import table
 
     typer.echo(table())
-    typer.echo(f"model.path: {EMBEDDED} is the small model that comes with the toolkit, of the family sd.")
+    typer.echo(f"model.path: {' and '.join(EMBEDDED)} come with the toolkit, small ones of the families sd and sd3.")
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
+
+
+@app.command()
+def formats() -> None:
+    """Which files each method writes for each architecture, and which tools read them; takes some seconds."""
+    from finetune.formats import table
+
+    typer.echo(table(), nl=False)
 
 
 for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):

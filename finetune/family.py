@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
+from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.objective import Objective
 from finetune.objectives import Process
@@ -174,17 +175,20 @@ class ExportNames:
 
 @dataclass(frozen=True)
 class Published:
-    """What headers of adapter files call the models that they are for, where a family's is one of the published sizes.
+    """What headers of adapter files call the models that they are for.
 
     Attributes:
-        architecture: ModelSpec's: "stable-diffusion-xl-v1-base".
+        architecture: ModelSpec's: "stable-diffusion-xl-v1-base"; of a size that was never published the family's with
+            "-custom" behind it.
         version: kohya's ``ss_base_model_version``: "sdxl_base_v1-0", or "".
         shelf: under which A1111 and Forge list it: "SDXL".
+        code: ModelSpec's implementation, whose names layers have in files of kohya's layout.
     """
 
     architecture: str = "stable-diffusion-custom"
     version: str = ""
     shelf: str = "Other"
+    code: str = "diffusers"
 
 
 def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
@@ -202,7 +206,7 @@ class ModelFamily(Protocol):
 
     Parts are loaded by ``require`` and freed by ``release`` so that not all of them need be in memory at once. Every
     network is frozen and in ``eval()`` when loaded; a method unfreezes or adds what it trains, always inside
-    ``networks``.
+    ``networks``. The denoiser takes and answers float32 whatever its dtype.
     """
 
     name: ClassVar[str]
@@ -221,11 +225,20 @@ class ModelFamily(Protocol):
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set
+    model: ModelConfig  # how networks lie in memory; nothing special unless it is set
     guidance: float | None  # what a guidance-distilled denoiser is told in training; None where it is told nothing
     prompt_chunks: int  # how often over a prompt may fill what a text encoder reads at a time; 1 unless it is set
 
     def require(self, *networks: str) -> None:
         """Load the named networks where they are not in memory."""
+        ...
+
+    def hold(self, network: str, module: nn.Module) -> nn.Module:
+        """Change a network that was read, or its skeleton, to lie in memory as ``model`` says."""
+        ...
+
+    def blocks_of(self, module: nn.Module) -> Mapping[str, nn.Module]:
+        """The blocks of a network that hold most of its weights, by name; what is packed or swapped is in them."""
         ...
 
     def release(self, *networks: str) -> None:
@@ -236,8 +249,17 @@ class ModelFamily(Protocol):
         """Another copy of a network as it is on disk: on the CPU, frozen, in ``eval()``, not in ``networks``."""
         ...
 
+    def twin(self, originals: Mapping[str, Tensor]) -> ModelFamily:
+        """The same model by itself, as if it had just been loaded: without what methods have added to its networks and
+        tokenizers. It shares the weights that are in memory; nobody may write into those.
+
+        Args:
+            originals: canonical name -> what the base has in place of a weight in memory.
+        """
+        ...
+
     def fingerprint(self, *networks: str) -> str:
-        """Hex digest of the named networks' weights and settings as on disk; changes when any of them does."""
+        """Hex digest of the named networks' weights and settings as on disk, and of what ``model`` changes of them."""
         ...
 
     def encode_image(self, pixels: Tensor) -> Posterior:

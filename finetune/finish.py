@@ -23,6 +23,7 @@ from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
 from finetune.export import Identity, Verification, export, identify, pieces, verify
+from finetune.export.cover import put_cover
 from finetune.export.sample import adapted
 from finetune.families import EMBEDDED, families, load_family, model_folder
 from finetune.family import ModelFamily
@@ -62,7 +63,9 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
         GuardError: nothing was learned, or a written file does not read back as what was trained.
     """
     recipe, processes, folder = trainer.recipe, trainer.processes, trainer.folder
-    verified = write(trainer.finish(), family, recipe, processes, folder.adapters)
+    pictures = sorted(folder.samples.glob("step-*/0-0.png"))
+    cover = pictures[-1] if pictures else None
+    verified = write(trainer.finish(), family, recipe, processes, folder.adapters, cover)
     if recipe.report.enabled:
         family.release(*list(family.networks))  # the base and the exported file are loaded anew
         prompts = recipe.samples.prompts or batches.example_prompts
@@ -71,16 +74,30 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
 
 
 def write(
-    weights: Sequence[Weights], family: ModelFamily, recipe: Recipe, processes: Processes, folder: Path
+    weights: Sequence[Weights],
+    family: ModelFamily,
+    recipe: Recipe,
+    processes: Processes,
+    folder: Path,
+    cover: Path | None = None,
 ) -> list[Verification]:
     """Export into ``folder``, load every file again and compare. Every process must call it.
+
+    Args:
+        cover: a picture of what was learned, which adapters carry with them.
 
     Raises:
         GuardError: nothing was learned, or a written file does not read back as what was trained.
     """
-    verified = processes.on_main(
-        lambda: [verify(path, weights=one) for one in weights for path in export(one, family, recipe, folder)]
-    )
+
+    def written(one: Weights) -> list[Verification]:
+        paths = export(one, family, recipe, folder)
+        if cover:
+            for path in paths:
+                put_cover(path, _open(cover))
+        return [verify(path, weights=one) for path in paths]
+
+    verified = processes.on_main(lambda: [found for one in weights for found in written(one)])
     for one in verified:
         processes.say(str(one))
         one.require()
@@ -99,7 +116,8 @@ def report(
     base.release(*list(base.networks))
     file = verified[0].path
     source = None if identify(file).whole else recipe.model.path
-    trained = adapted(folder.adapters, source, device=processes.device, prompt_chunks=recipe.model.prompt_chunks)
+    chunks = recipe.model.prompt_chunks
+    trained = adapted(folder.adapters, source, device=processes.device, prompt_chunks=chunks, held=recipe.model)
     after = _ask(asked, trained, recipe, processes)
     if not processes.is_main:
         return
@@ -138,7 +156,7 @@ def report(
 
 def _taught(recipe: Recipe) -> list[Taught | None]:
     """What each concept is of the embedded world; all None for another model."""
-    shipped = recipe.model.path == "tinyworld"
+    shipped = recipe.model.path in EMBEDDED
     return [Taught.of(concept) if shipped else None for concept in recipe.data.concepts]
 
 
@@ -228,13 +246,12 @@ def _commands(recipe: Recipe, kind: str, verified: Sequence[Verification], asked
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
     base = recipe.model.path
-    if base == "tinyworld":
-        loading = f"from finetune.tinyworld import BASE\n\npipeline = {kind}.from_pretrained(BASE)"
-    else:
-        loading = f"\npipeline = {kind}.{_from(base, recipe)}"
     used = pieces(path.parent)
-    if used[0].whole:
-        loading = f"\npipeline = {kind}.{_from(str(used[0].path), recipe)}"
+    model = str(used[0].path) if used[0].whole else base
+    if model in EMBEDDED:
+        loading = f"from finetune import tinyworld\n\npipeline = tinyworld.pipeline({model!r})"
+    else:
+        loading = _loaded(model, kind, recipe)
     lines = [_loading(one) for one in used if not one.whole]
     own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
     loading = "\n".join([own + loading, *lines])
@@ -245,22 +262,26 @@ def _commands(recipe: Recipe, kind: str, verified: Sequence[Verification], asked
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"from diffusers import {kind}\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"{loading}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
 
 
-def _from(model: str, recipe: Recipe) -> str:
-    """How diffusers' pipelines load it: a single file with the settings of a model that it is like."""
+def _loaded(model: str, kind: str, recipe: Recipe) -> str:
+    """How diffusers loads a model: a single file with the settings of a model that it is like.
+
+    Args:
+        kind: of its pipelines.
+    """
     if not Path(model).is_file():
-        return f"from_pretrained({model!r})"
+        return f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({model!r})"
     base = recipe.model.path
-    like = recipe.model.like or (None if Path(base).is_file() else base)
-    if like == EMBEDDED:
+    like = recipe.model.like or ("" if Path(base).is_file() else base)
+    if like in EMBEDDED:
         like = str(model_folder(ModelConfig(path=like)))
     config = f", config={like!r}" if like else ""
-    return f"from_single_file({model!r}{config})"
+    return f"from diffusers import {kind}\n\npipeline = {kind}.from_single_file({model!r}{config})"
 
 
 def _loading(one: Identity) -> str:

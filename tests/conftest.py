@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune import formats
 from finetune.adapter import Weights
 from finetune.config.schema import ModelConfig
 from finetune.export.single_file import write_single_file
@@ -28,6 +29,19 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``tiny_sd``, with v-prediction and SD 2's linear projections; for reading only."""
     path = tmp_path_factory.mktemp("tiny-sd-v") / "model"
     return write_tiny_sd(path, prediction="v_prediction", linear_projection=True)
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of small models of the families with random weights, each written once; for reading only."""
+    written: dict[str, Path] = {}
+
+    def twin(name: str) -> Path:
+        if name not in written:
+            written[name] = formats.twin(name, tmp_path_factory.mktemp(name) / "model")
+        return written[name]
+
+    return twin
 
 
 @pytest.fixture

@@ -13,13 +13,16 @@ from finetune.export.read import Identity
 from finetune.family import ModelFamily
 
 
-def load_base(found: Identity, base: str | None = None, prompt_chunks: int | None = None) -> ModelFamily:
+def load_base(
+    found: Identity, base: str | None = None, prompt_chunks: int | None = None, held: ModelConfig | None = None
+) -> ModelFamily:
     """The family of an adapter's base model, or of a whole model itself, with no network in memory yet.
 
     Args:
         base: as in a recipe's ``model.path``; what the file says where it is not given.
         prompt_chunks: as in a recipe's ``model``; what the file says where it is not given, and 1 of a model folder,
             which does not say it.
+        held: a recipe's ``model``, where the base shall lie in memory as it does there; else all of it is float32.
 
     Raises:
         UserError: neither names a model, there is no such model, or a base is named for a whole model.
@@ -30,11 +33,11 @@ def load_base(found: Identity, base: str | None = None, prompt_chunks: int | Non
     if found.whole:
         if base is not None:
             raise UserError(f"{found.path} is a whole model and needs no base; {base!r} would not be used")
-        return load_family(ModelConfig(path=str(found.path), prompt_chunks=chunks))
+        return load_family(_as(held, path=str(found.path), prompt_chunks=chunks))
     path = base or found.base
     if not path:
         raise UserError(f"{found.path} does not say which base model it belongs to; name it with --base")
-    family = load_family(ModelConfig(path=path, prompt_chunks=chunks, **_settings(found, path)))
+    family = load_family(_as(held, path=path, prompt_chunks=chunks, **_settings(found, path)))
     family.sampling = sampling(found.metadata)
     return family
 
@@ -55,3 +58,8 @@ def _settings(found: Identity, path: str) -> Mapping[str, Any]:
         return {}
     near = (nearby(name, revision) for name in (like, found.base) if name)
     return {"like": next((str(folder) for folder in near if folder), None)}
+
+
+def _as(held: ModelConfig | None, **names: Any) -> ModelConfig:
+    untold = dict.fromkeys(("family", "revision", "like", "prediction"))
+    return (held or ModelConfig()).model_copy(update={**untold, **names})

@@ -27,6 +27,11 @@ _FLUX = re.compile(r"(double|single)_blocks_|single_transformer_blocks_")
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_")
 
 
+def called(name: str) -> str | None:
+    """The key of ``FAMILIES`` for what this toolkit calls a family; None for one that is not among them."""
+    return next((key for key in sorted(FAMILIES, key=len, reverse=True) if name.startswith(key)), None)
+
+
 def family(keys: Sequence[Key], shapes: Shapes) -> str | None:
     """A key of ``FAMILIES``; None where nothing tells.
 

@@ -53,6 +53,8 @@ def load_word(pipeline: Any, stored: Stored) -> None:
     load = getattr(pipeline, "load_textual_inversion", None)
     for name, rows in parts.items():
         encoder, tokenizer = found[name]
+        table = encoder.get_input_embeddings().weight
+        table.data = table.data.clone()  # loaders write into it, and others may share it
         if load is None:
             _place(encoder, tokenizer, stored.token, rows)
         else:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from finetune import tinyworld
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError, nearest
 from finetune.family import ModelFamily
 from finetune.objectives import refined
 
-EMBEDDED = "tinyworld"
+EMBEDDED = tinyworld.NAMES
 GROUP = "finetune.families"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -68,6 +69,7 @@ def load_family(
     family.objective = refined(family.process, wanted)
     family.sampling = family.objective.sampling
     family.device = torch.device(device)
+    family.model = config
     family.prompt_chunks = config.prompt_chunks
     if wanted.guidance is not None:
         if family.guidance is None:
@@ -85,17 +87,15 @@ def model_folder(config: ModelConfig) -> Path:
         UserError: there is no such folder, file or hub model, or the file cannot be converted.
     """
     path = Path(config.path).expanduser()
-    if path.is_file() and config.path != EMBEDDED:
+    if path.is_file() and config.path not in EMBEDDED:
         from finetune.families.single_file.convert import converted
 
         return converted(config)
     for key in ("like", "prediction"):
         if getattr(config, key) is not None:
             raise UserError(f"model.{key} is for a single file, and {config.path!r} is none")
-    if config.path == EMBEDDED:
-        from finetune.tinyworld import BASE
-
-        return Path(BASE)
+    if config.path in EMBEDDED:
+        return tinyworld.base(config.path)
     if path.is_dir():
         return path
     if on_hub(config.path):

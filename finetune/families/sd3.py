@@ -53,6 +53,7 @@ class SD3(DiffusersFolder):
         "text_encoder_2": Part("text_encoder_2", "transformers.CLIPTextModelWithProjection", tokenizer="tokenizer_2"),
         T5: t5.part("text_encoder_3", tokenizer="tokenizer_3"),
     }
+    published = Published("stable-diffusion-3-custom")
     readers: ClassVar[tuple[str, str] | Unsupported] = two_streams.READERS
     chunks: ClassVar[Unsupported | None] = Unsupported("its pipeline reads one chunk with each CLIP; T5 reads on")
 
@@ -80,7 +81,9 @@ class SD3(DiffusersFolder):
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
             **({T5: ExportNames(T5, "lora_te3", words="t5xxl")} if T5 in self.parts else {}),
         }
-        self.published = _PUBLISHED.get((settings["num_attention_heads"], bool(settings.get("qk_norm"))), Published())
+        self.published = _PUBLISHED.get(
+            (settings["num_attention_heads"], bool(settings.get("qk_norm"))), self.published
+        )
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """The CLIPs' states before the last layer, side by side, and behind them T5's; the CLIPs' pooled answers."""

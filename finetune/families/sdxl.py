@@ -34,6 +34,7 @@ class SDXL(UNetFolder):
 
     name: ClassVar[str] = "sdxl"
     models: ClassVar[str] = "Stable Diffusion XL and what is derived from it"
+    published = Published("stable-diffusion-xl-custom")
     space: ClassVar[Unsupported | None] = _UNSHARED
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionXLPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {
@@ -102,7 +103,7 @@ class SDXL(UNetFolder):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w], for pictures of this ``geometry`` (section 2.2 of the paper)."""
-        told = {"text_embeds": prompt.pooled, "time_ids": geometry.to(prompt.tokens.dtype)}
+        told = {"text_embeds": prompt.pooled, "time_ids": geometry.float()}
         return self.networks["denoiser"](
             noisy, timesteps, encoder_hidden_states=prompt.tokens, added_cond_kwargs=told, return_dict=False
         )[0]

@@ -151,7 +151,7 @@ def test_the_header_is_modelspecs(bases, trained, recipe, tmp_path):
     said = header(path)
     assert said["modelspec.sai_model_spec"] == "1.0.1"
     assert said["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
-    assert said["modelspec.architecture"] == "stable-diffusion-custom"
+    assert said["modelspec.architecture"] == "stable-diffusion-xl-custom"
     assert said["modelspec.trigger_phrase"] == "zib star"
     assert (said["finetune.base"], said["finetune.layout"]) == (str(base), "single-file")
 

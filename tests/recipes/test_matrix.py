@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,20 +45,6 @@ CELLS = [
     for method, why in support(family).items()
     if why is None and method in METHODS  # aesthetic embeddings take no steps: tests/recipes/test_aesthetic_page.py
 ]
-
-
-@pytest.fixture(scope="session")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Random-weight twins of families, each written once."""
-    written: dict[str, Path] = {}
-
-    def twin(name: str) -> Path:
-        if name not in written:
-            module: Any = sys.modules[families()[name].__module__]
-            written[name] = module.tiny(tmp_path_factory.mktemp(name) / "model")
-        return written[name]
-
-    return twin
 
 
 def adapter(method: str, twin: Path) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.config import read_recipe
 from finetune.config.schema import ModelConfig, SamplerConfig
-from finetune.export import identify
+from finetune.export import identify, verify
 from finetune.export.sample import sample
-from finetune.families import flux, load_family
+from finetune.families import flux, load_family, model_folder
 from finetune.plan import plan
 from recipes import dreambooth
 
@@ -75,3 +76,25 @@ def test_a_transformer_alone_becomes_a_whole_model(
     assert set(tensors) < {key.removeprefix(prefix) for key in load_file(learned)}
     found = load_family(ModelConfig(path=str(learned)))
     assert (found.name, found.guidance) == ("flux", 1.0)
+
+
+def test_a_small_base_in_memory_is_the_same_from_a_file_as_from_its_folder(
+    write_recipe: WriteRecipe, tiny_sd: Path, single_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = {"path": str(single_file(tiny_sd)), "like": str(tiny_sd)}
+    folder = {"path": str(model_folder(ModelConfig(**file)))}
+    small = {"dtype": "bfloat16", "quantize": {"kind": "int8"}, "block_swap": 1}
+    weights = []
+    for name, model in (("file", file), ("folder", folder)):
+        path = write_recipe(
+            model={**model, **small},
+            output=str(tmp_path / name),
+            prior={"kind": "none"},
+            train={"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "gradient_checkpointing": True, "threads": 1},
+        )
+        dreambooth.main(read_recipe(path))
+        (written,) = (tmp_path / name / "adapters").glob("pytorch_lora_weights.safetensors")
+        verify(written).require()
+        weights.append(load_file(written))
+    one, two = weights
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

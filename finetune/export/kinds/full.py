@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from finetune.adapter import Weights
 from finetune.config.adapters import FullConfig, PivotalConfig
@@ -17,7 +18,7 @@ from finetune.export.base import load_base
 from finetune.export.checks import Report
 from finetune.export.delta import DELTA, load_delta, write_delta
 from finetune.export.full import write_model
-from finetune.export.kinds import Contents
+from finetune.export.kinds import Contents, asked
 from finetune.export.metadata import OWN, describe
 from finetune.export.read import DELTA_FILE, MODEL, SINGLE, Identity
 from finetune.export.single_file import required_layout, write_single_file
@@ -27,6 +28,10 @@ from finetune.family import ModelFamily
 LAYOUTS = (MODEL, SINGLE, DELTA)
 _FORMATS = {"diffusers": MODEL, SINGLE: SINGLE, DELTA: DELTA}  # what a recipe calls them
 _KEYS = (DENOISER, ("first_stage_model.", "vae."))
+
+
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """Only the base can tell: ``write`` compares with it."""
 
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
@@ -54,13 +59,30 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
     return written
 
 
+@torch.no_grad()
+def put(networks: nn.ModuleDict, weights: Weights, recipe: Recipe) -> None:
+    """Let ``networks`` be what is loaded again from the files of ``write``, without writing them.
+
+    In a whole model all weights have ``export.dtype`` and are rounded by it, in a delta those that were trained.
+    """
+    dtype = getattr(torch, recipe.export.dtype)
+    for network, module in networks.items():
+        for name, held in module.state_dict(keep_vars=True).items():
+            trained = weights.tensors.get(f"{network}.{name}")
+            if trained is None and layouts(recipe)[0] == DELTA:
+                continue
+            if held.is_floating_point():
+                held.data = (held if trained is None else trained).to(dtype).to(held)
+
+
 def layouts(recipe: Recipe) -> tuple[str, ...]:
     """What a recipe's weights are written as. Unless it says so, a selection does not cost a whole model's size."""
-    formats, adapter = recipe.export.formats, recipe.adapter
+    adapter = recipe.adapter.weights if isinstance(recipe.adapter, PivotalConfig) else recipe.adapter
+    selected = isinstance(adapter, FullConfig) and adapter.select != "all"
+    formats = asked(recipe, "selection" if selected else "full")
     if formats is not None:
         return tuple(layout for name, layout in _FORMATS.items() if name in formats)
-    weights = adapter.weights if isinstance(adapter, PivotalConfig) else adapter
-    return (DELTA,) if isinstance(weights, FullConfig) and weights.select != "all" else (MODEL,)
+    return (DELTA,) if selected else (MODEL,)
 
 
 def file_names(recipe: Recipe) -> dict[str, str]:
@@ -78,8 +100,8 @@ def recognise(contents: Contents) -> str | None:
 
 
 def readers(layout: str) -> tuple[str, ...]:
-    """Diffusers alone; deltas through ``finetune.load_delta``."""
-    return ("diffusers",)
+    """Diffusers alone; deltas through ``finetune.load_delta``, and other tools as well where it is one file."""
+    return ("diffusers", "comfyui", "forge") if layout == SINGLE else ("diffusers",)
 
 
 def check(report: Report, found: Identity, base: str | None, against: Sequence[str], weights: Weights | None) -> None:

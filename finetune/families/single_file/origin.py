@@ -41,7 +41,7 @@ def nearby(name: str, revision: str | None) -> Path | None:
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             return None
-    return model_folder(ModelConfig(path=name)) if name == EMBEDDED or (Path(name) / INDEX).is_file() else None
+    return model_folder(ModelConfig(path=name)) if name in EMBEDDED or (Path(name) / INDEX).is_file() else None
 
 
 def fetched(like: str, revision: str | None, missing: Iterable[str]) -> Path:
