@@ -46,7 +46,7 @@ ALLOWED = {
     "formats": {"adapter", "family", "families", "adapters", "config", "export", "errors", "randomness"},
     "preview": {"adapter", "family", "export", "files", "sampling", "train"},
     "demo": {"config", "export", "family", "sampling", *BOTTOM},
-    "publish": {"config", "export", "train", *BOTTOM},
+    "publish": {"config", "export", "families", "train", *BOTTOM},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }
 COMMANDS = {
