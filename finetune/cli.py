@@ -131,6 +131,7 @@ def sample(
     base: Base = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     strength: Annotated[float, typer.Option(help="How much a LoRA counts: 0 is the base, 1 what was trained.")] = 1.0,
+    negative: Annotated[str, typer.Option(help="What guidance leads away from.", show_default=False)] = "",
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float, typer.Option(min=0)] = 5.0,
@@ -144,14 +145,9 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
 ) -> None:
     """Draw with an exported adapter, loaded by diffusers as anybody would."""
-    from finetune.config.memory import DTYPES
-    from finetune.config.schema import ModelConfig, SamplerConfig
-    from finetune.errors import UserError, nearest
+    from finetune.config.schema import SamplerConfig
     from finetune.export import sample as export_sample
     from finetune.files import replacing
-
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype: {dtype!r} is not known{nearest(dtype, DTYPES)}")
 
     sampler = SamplerConfig(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale, scheduler=scheduler)
     pictures = export_sample.sample(
@@ -164,7 +160,8 @@ def sample(
         count=count,
         resolution=resolution,
         prompt_chunks=prompt_chunks,
-        held=ModelConfig(dtype=dtype),
+        negative=negative,
+        held=adapters.held(dtype),
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"
@@ -285,7 +282,15 @@ def formats() -> None:
     typer.echo(table(), nl=False)
 
 
-for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):
+for verb in (
+    adapters.convert,
+    adapters.merge,
+    adapters.extract,
+    adapters.resize,
+    adapters.prune,
+    adapters.push,
+    adapters.demo,
+):
     app.command()(verb)
 app.add_typer(
     data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."

@@ -30,6 +30,18 @@ class Unsupported:
     reason: str
 
 
+def without_hypernetworks(readers: tuple[str, str] | Unsupported, denoiser: str) -> str | None:
+    """Why hypernetworks have no place in a model; None where they have.
+
+    Args:
+        readers: as in ``Sites``.
+        denoiser: what its pipeline calls it.
+    """
+    if isinstance(readers, Unsupported):
+        return readers.reason
+    return None if denoiser == "unet" else "hypernetworks are files for the layers of a U-Net, and it has none"
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer and the network whose embedding table it indexes.
@@ -71,12 +83,13 @@ class Vocabulary:
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """Make ``tokens`` known to a tokenizer, and return their ids.
 
-    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them.
+    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them. They are
+    looked for before it makes letters of spaces.
     """
     from transformers import AddedToken
 
     keeps = bool(tokenizer(" ", add_special_tokens=False).input_ids)
-    tokenizer.add_tokens([AddedToken(token, lstrip=keeps) for token in tokens])
+    tokenizer.add_tokens([AddedToken(token, lstrip=keeps, normalized=not keeps) for token in tokens])
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
     return ids
 
@@ -115,7 +128,8 @@ class Sites:
     Attributes:
         linears: preset -> network -> regular expressions that must match a whole module path; for low-rank adapters.
         selections: preset -> network -> regular expressions searched in a parameter's name; for partial fine-tuning.
-        readers: endings of the denoiser's key and value layers that read the prompt; for hypernetworks.
+        readers: endings of the denoiser's key and value layers that read the prompt; for hypernetworks and Custom
+            Diffusion.
         vocabularies: tokenizers and their embedding tables; for textual inversion.
         shared_space: finds the space that the text encoder shares with pictures, given the name of its CLIP where the
             family cannot know it; for aesthetic embeddings.
@@ -154,7 +168,7 @@ class ExportNames:
     Attributes:
         diffusers: component in diffusers' LoRA files ("unet", "text_encoder").
         kohya: prefix in kohya's files ("lora_unet", "lora_te"), or "" where no layout of theirs is written for the
-            family.
+            family: ``finetune.originals.tables`` says why.
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".

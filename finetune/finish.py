@@ -22,10 +22,10 @@ from finetune.data.places import Place
 from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
-from finetune.export import Identity, Verification, export, identify, pieces, verify
+from finetune.export import Verification, export, identify, pieces, usage, verify
 from finetune.export.cover import put_cover
 from finetune.export.sample import adapted
-from finetune.families import EMBEDDED, families, load_family, model_folder
+from finetune.families import EMBEDDED, load_family, model_folder
 from finetune.family import ModelFamily
 from finetune.sampling import draw
 from finetune.train import RunFolder, Trainer
@@ -138,7 +138,7 @@ def report(
         metrics=metrics,
         snapshots=_snapshots(folder.samples, shown.prompts),
         exported=[_exported(one, folder.path) for one in verified],
-        commands=_commands(recipe, families()[base.name].pipelines[0], verified, asked),
+        commands=_commands(recipe, verified, asked),
         recipe=lock(recipe),
         facts={**machine(), **versions(), "processes": processes.describe()},
         notes=shown.notes,
@@ -242,19 +242,13 @@ def _exported(one: Verification, run: Path) -> ExportedFile:
     return ExportedFile(str(one.path.relative_to(run)), found.layout, size, checks)
 
 
-def _commands(recipe: Recipe, kind: str, verified: Sequence[Verification], asked: Questions) -> list[Command]:
+def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions) -> list[Command]:
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
-    base = recipe.model.path
     used = pieces(path.parent)
-    model = str(used[0].path) if used[0].whole else base
-    if model in EMBEDDED:
-        loading = f"from finetune import tinyworld\n\npipeline = tinyworld.pipeline({model!r})"
-    else:
-        loading = _loaded(model, kind, recipe)
-    lines = [_loading(one) for one in used if not one.whole]
-    own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
-    loading = "\n".join([own + loading, *lines])
+    model = str(used[0].path) if used[0].whole else recipe.model.path
+    lines = [usage.pipeline(model, _like(recipe)), *(usage.loading(one) for one in used if not one.whole)]
+    code = "\n".join(lines)
     what = path if len(used) == 1 else path.parent
     chunks = recipe.model.prompt_chunks
     long = f" --prompt-chunks {chunks}" if used[0].whole and chunks > 1 else ""
@@ -262,40 +256,17 @@ def _commands(recipe: Recipe, kind: str, verified: Sequence[Verification], asked
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"{usage.imports(code)}\n{code}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
 
 
-def _loaded(model: str, kind: str, recipe: Recipe) -> str:
-    """How diffusers loads a model: a single file with the settings of a model that it is like.
-
-    Args:
-        kind: of its pipelines.
-    """
-    if not Path(model).is_file():
-        return f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({model!r})"
+def _like(recipe: Recipe) -> str | None:
+    """The model whose settings a single file is loaded with; None where the recipe names none."""
     base = recipe.model.path
-    like = recipe.model.like or ("" if Path(base).is_file() else base)
-    if like in EMBEDDED:
-        like = str(model_folder(ModelConfig(path=like)))
-    config = f", config={like!r}" if like else ""
-    return f"from diffusers import {kind}\n\npipeline = {kind}.from_single_file({model!r}{config})"
-
-
-def _loading(one: Identity) -> str:
-    """The line that puts a file into a diffusers pipeline."""
-    loaders = {
-        "full": "finetune.load_delta",
-        "aesthetic": "finetune.load_aesthetic",
-        "hypernetwork": "finetune.load_hypernetwork",
-        "lycoris": "finetune.load_lycoris",
-    }
-    if one.kind in loaders or one.layout == "difference":
-        return f"{loaders.get(one.kind, 'finetune.load_lycoris')}(pipeline, {str(one.path)!r})"
-    load = "load_textual_inversion" if one.kind == "embedding" else "load_lora_weights"
-    return f"pipeline.{load}({str(one.path)!r})"
+    like = recipe.model.like or (None if Path(base).is_file() else base)
+    return str(model_folder(ModelConfig(path=like))) if like in EMBEDDED else like
 
 
 def _figures(one: Evaluation) -> str:

@@ -13,6 +13,21 @@ from finetune.export.read import Identity
 from finetune.family import ModelFamily
 
 
+def absence(found: Identity, base: str | None = None) -> str | None:
+    """Why ``load_base`` would have to fetch a file's model or could not; None where it is here, or a user names one.
+
+    A header may speak of a model of many gigabytes, which nobody asked for.
+    """
+    from finetune.families import at_hand
+
+    if found.whole or base is not None:
+        return None
+    if not found.base:
+        return "it does not say which base model it is for"
+    config = ModelConfig(path=found.base, revision=found.metadata.get(f"{OWN}revision") or None)
+    return None if at_hand(config) else f"its base {found.base} is not on this machine"
+
+
 def load_base(
     found: Identity, base: str | None = None, prompt_chunks: int | None = None, held: ModelConfig | None = None
 ) -> ModelFamily:

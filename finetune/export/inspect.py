@@ -53,7 +53,7 @@ class Inspection:
         layout: how its keys are written: "kohya", "diffusers", "before peft", "comfyui", "peft", "bundle".
         names: whose names the layers of a denoiser have: "diffusers" or "original".
         made_by: the tool, where the header or the keys tell.
-        family: what it is for, in words, from names and shapes alone.
+        family: what it is for, in words: from names and shapes, else as the header says.
         base: what the header says it was trained on.
         layers: network -> how many layers of it.
         ranks, alphas: value -> how many layers have it.
@@ -161,7 +161,7 @@ def _layers(
     ranks = Counter(rank for parts in layers.values() if (rank := _rank(parts, shapes)) is not None)
     layouts = Counter(key.layout for key in keys)
     layout = "bundle" if "bundle" in layouts else layouts.most_common(1)[0][0]
-    family = family or guess.family(keys, shapes)
+    family = family or guess.family(keys, shapes) or _told(metadata)
     lengths = [shapes[parts["dora_scale"].text] for parts in layers.values() if "dora_scale" in parts]
     facts = Facts(
         keys=keys,
@@ -190,6 +190,12 @@ def _layers(
         unknown=unknown,
         notes=list(_notes(layers, keys, metadata)),
     )
+
+
+def _told(metadata: Mapping[str, str]) -> str | None:
+    """The family that a header of this toolkit names, where layers of unusual sizes do not tell it."""
+    said = metadata.get(f"{OWN}family", "")
+    return said if said in guess.FAMILIES else None
 
 
 def _scalar(file: Any, key: Key) -> float:

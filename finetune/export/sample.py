@@ -30,6 +30,7 @@ def sample(
     count: int = 1,
     resolution: int | None = None,
     prompt_chunks: int | None = None,
+    negative: str = "",
     held: ModelConfig | None = None,
 ) -> list[Image.Image]:
     """Draw ``count`` pictures of each prompt, in that order.
@@ -45,6 +46,7 @@ def sample(
         sampler: steps, guidance, scheduler.
         resolution: side in pixels; the model's own where it is not given.
         prompt_chunks: as in a recipe's ``model``; what the file says where it is not given.
+        negative: what guidance leads away from.
         held: a recipe's ``model``, where the base shall lie in memory as it does there; else all of it is float32.
 
     Raises:
@@ -53,7 +55,7 @@ def sample(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     family = adapted(adapter, base, strength, device, prompt_chunks, held)
-    return draw(family, prompts, count, sampler or SamplerConfig(), seed, resolution=resolution)
+    return draw(family, prompts, count, sampler or SamplerConfig(), seed, resolution=resolution, negative=negative)
 
 
 def adapted(

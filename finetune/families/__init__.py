@@ -109,6 +109,17 @@ def on_hub(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None and path.suffix not in _FILES and not path.parent.exists()
 
 
+def at_hand(config: ModelConfig) -> bool:
+    """Whether a model's files are on this machine, so that ``model_folder`` would fetch nothing large."""
+    if config.path in EMBEDDED or Path(config.path).expanduser().is_dir():
+        return True
+    if not _HUB_NAME.fullmatch(config.path):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(config.path, "model_index.json", revision=config.revision), str)
+
+
 def _named(name: str) -> Any:
     if name not in families():
         raise UserError(f"model.family: {name!r} is not known{nearest(name, families())}")

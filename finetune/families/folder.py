@@ -77,7 +77,7 @@ class DiffusersFolder(ABC):
     """As in ``finetune.family.Sites``."""
     space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
     """Why there is no ``shared_space``; None where there is one."""
-    blocks: ClassVar[str] = r"(.*\.)?(\w*transformer_blocks|layers|block)\.\d+"
+    blocks: ClassVar[str] = r"(.*\.)?(\w*transformer_blocks|\w+_refiner|layers|block)\.\d+"
     """Regular expression of the whole names of a network's blocks, which hold most of its weights."""
     chunks: ClassVar[Unsupported | None] = Unsupported("its prompts are not read by CLIPs alone")
     """Why no prompt takes several ``prompt_chunks``; None where it does."""

@@ -166,7 +166,7 @@ def _latents(family: ModelFamily, pictures: int, side: int) -> torch.Size:
 
     def encode(pixels: Tensor) -> Any:
         found = plain(pixels)
-        shapes.append(found.latent_dist.mean.shape)
+        shapes.append((found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent).shape)
         return found
 
     plain, vae.encode = vae.encode, encode

@@ -22,7 +22,7 @@ from finetune.export import check_lora, check_lycoris, lycoris_kohya
 from finetune.export.base import load_base
 from finetune.export.checks import Report
 from finetune.export.kinds import Contents, asked, wanted
-from finetune.export.kinds.lycoris import write_file
+from finetune.export.kinds.lycoris import ADAPTER, write_file
 from finetune.export.layers import Layer, check_learned, layers
 from finetune.export.lycoris import Change, differences
 from finetune.export.merge import merge
@@ -90,13 +90,22 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
         merge(pipeline, read_tensors(found.path), strength)
         return
     try:
-        pipeline.load_lora_weights(str(found.path), adapter_name="sampled")
+        pipeline.load_lora_weights(str(found.path), adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"{found.path} does not fit the base: {str(error).splitlines()[0]}") from error
-    if not any("sampled" in held for held in pipeline.get_list_adapters().values()):
+    if not any(ADAPTER in held for held in pipeline.get_list_adapters().values()):
         raise UserError(f"{found.path}: diffusers knows none of its layers in {type(pipeline).__name__}")
     if strength != 1.0:
-        pipeline.set_adapters(["sampled"], [strength])
+        rescale(pipeline, strength)
+
+
+def rescale(pipeline: Any, strength: float) -> None:
+    """Let the LoRA of ``apply`` count as much; at 0 the model is what it was before, DoRA's lengths too."""
+    if strength == 0.0:
+        pipeline.disable_lora()
+        return
+    pipeline.enable_lora()
+    pipeline.set_adapters([ADAPTER], [strength])
 
 
 def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> dict[str, str]:
