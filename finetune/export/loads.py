@@ -42,7 +42,7 @@ class Facts:
 def loads(facts: Facts) -> dict[str, str]:
     """Tool -> "yes", or what goes wrong."""
     found = _by_layout(facts)
-    if facts.family and facts.family not in _UNETS:
+    if facts.family and facts.family not in UNETS:
         found["a1111"] = _NO_FLUX if facts.family != "sd3" else "no: it looks for SD3's layers under other names"
     if facts.unknown > 12:
         found["forge"] = f"no: it refuses files with more than 12 unknown keys, here {facts.unknown}"
