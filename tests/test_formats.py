@@ -80,8 +80,8 @@ def test_every_file_is_what_was_trained_and_so_is_a_preview(
     for weights in parts:
         formats.export(weights, family, half, tmp_path / "adapters")
     (tmp_path / "preview").mkdir()
-    drawn = draw(as_exported(parts, twin, half, tmp_path / "preview"), PROMPTS, 1, SAMPLER, seed=3, resolution=16)
-    expected = sample(tmp_path / "adapters", PROMPTS, seed=3, sampler=SAMPLER, resolution=16)
+    drawn = draw(as_exported(parts, twin, half, tmp_path / "preview"), PROMPTS, 1, SAMPLER, seed=3, resolution=32)
+    expected = sample(tmp_path / "adapters", PROMPTS, seed=3, sampler=SAMPLER, resolution=32)
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected[0]))
     after = family.networks.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())

@@ -164,6 +164,21 @@ def test_a_new_word_of_several_tokens_is_read_alike(family: ModelFamily) -> None
     assert not torch.equal(found.tokens, others.tokens[:, : found.tokens.shape[1]])
 
 
+def test_a_new_word_is_at_first_what_it_was_made_of(family: ModelFamily) -> None:
+    """And prompts without it stay what they were: a table may do more than to hold rows."""
+    texts = ["a photo of a star on grass", "a photo of a red star on grass"]
+    family.require(*family.text_encoders)
+    with torch.no_grad():
+        before = family.encode_prompt(texts)
+        words = {"kind": "embedding", "tokens": [{"token": "<zib>", "initializer": "red star", "vectors": 2}]}
+        attach(EmbeddingConfig.model_validate(words), family, seed=0)
+        after = family.encode_prompt([*texts, "a photo of a <zib> on grass"])
+    for name, tensor in before.tensors.items():
+        for row in (0, 1):
+            assert torch.equal(after.tensors[name][row], tensor[row])
+        torch.testing.assert_close(after.tensors[name][2], tensor[1])
+
+
 def test_every_row_of_blocks_is_known(family: ModelFamily) -> None:
     """What is packed and swapped: blocks of transformers lie in lists, and a U-Net's around its attention."""
     family.require("denoiser")
