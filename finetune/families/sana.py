@@ -149,7 +149,9 @@ class Sana(LanguageModelFolder):
 
         @functools.wraps(plain)
         def encode_prompt(*arguments: Any, **named: Any) -> Any:
-            return plain(*arguments, **{"complex_human_instruction": instruction(), **named})
+            asked = inspect.signature(plain).bind(*arguments, **named)
+            asked.arguments.setdefault("complex_human_instruction", instruction())
+            return plain(*asked.args, **asked.kwargs)
 
         pipeline.encode_prompt = encode_prompt
         return pipeline
