@@ -63,6 +63,8 @@ class Adapter(Protocol):
     kind: ClassVar[str]
     phased: ClassVar[bool] = False
     """Whether some trained weights may have no part in the loss of some steps."""
+    bounded: bool = False
+    """Whether ``end_step`` changes weights."""
 
     def groups(self) -> list[ParameterGroup]:
         """All that is trained, and nothing else."""
@@ -99,6 +101,12 @@ class Adapter(Protocol):
     def begin_run(self, steps: int) -> None:
         """Called once, before the first step of this or a continued run: how many updates it has in all."""
         return  # or type checkers take an empty body for an abstract one
+
+    def share_networks(self) -> None:
+        """Called once, where processes will hold the networks in pieces: each network must then run equally often on
+        all of them.
+        """
+        return
 
     def begin_step(self, step: int) -> None:
         """Called before the forward passes of update ``step`` (updates done so far), also after a resume."""

@@ -109,6 +109,7 @@ class Batch:
         class_captions: what each sample's class is called, where the prior is the untouched model itself.
         class_prompt: the class captions encoded ahead.
         sizes: height and width of each sample's latents where they differ; None where all fill the tensors.
+        agree: the largest of a number that each process brings; set where networks must run equally often on all.
     """
 
     ids: tuple[str, ...]
@@ -124,6 +125,7 @@ class Batch:
     class_captions: tuple[str, ...] | None = None
     class_prompt: Conditioning | None = None
     sizes: tuple[tuple[int, int], ...] | None = None
+    agree: Callable[[int], int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,6 +134,8 @@ class Batch:
         """``each`` of the samples of every size together, [B, ...], in this batch's order.
 
         Samples are of one size where their latents are, and where their prompts that are encoded have as many tokens.
+        Where processes must ``agree``, one that has fewer sizes than another repeats its first, which then counts for
+        nothing.
 
         Args:
             each: maps a batch of one size to one row per sample.
@@ -139,13 +143,20 @@ class Batch:
         prompts = [prompt.lengths for prompt in (self.prompt, self.class_prompt) if prompt]
         differing = [sizes for sizes in (self.sizes, *prompts) if sizes is not None]
         if not differing:
-            return each(self)
+            return self._in_step(each, each(self), self, 1)
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, size in enumerate(zip(*differing, strict=True)):
             groups.setdefault(size, []).append(place)
-        rows = torch.cat([each(self._of(places)) for places in groups.values()])
+        parts = [self._of(places) for places in groups.values()]
+        rows = torch.cat([each(part) for part in parts])
         order = torch.tensor([place for places in groups.values() for place in places], device=rows.device)
-        return rows[order.argsort()]
+        return self._in_step(each, rows[order.argsort()], parts[0], len(parts))
+
+    def _in_step(self, each: Callable[[Batch], Tensor], rows: Tensor, again: Batch, done: int) -> Tensor:
+        """``rows``, after as many more passes over ``again`` as other processes make."""
+        for _ in range(self.agree(done) - done if self.agree else 0):
+            rows = rows + 0.0 * each(again).sum()  # part of the loss, so that the backward pass is as long too
+        return rows
 
     def _of(self, places: Sequence[int]) -> Batch:
         """The samples at ``places``, all of one size."""

@@ -1,26 +1,26 @@
-"""Processes and devices: the one file that knows accelerate's insides.
+"""Processes and devices: how a run begins on however many there are.
 
-Everything else asks a ``Processes`` (who am I, do all agree, run this once) or an ``Engine`` (forward, backward, step).
+Everything else asks a ``Processes`` (who am I, do all agree, run this once) or its ``Engine`` (forward, backward,
+step).
 """
 
 from __future__ import annotations
 
 import atexit
 import datetime
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from finetune import zero
 from finetune.config.schema import TrainConfig
+from finetune.engine import Engine, Replicated
 from finetune.errors import GuardError, Stopped, UserError
 from finetune.launcher import asked_processes, local_world, set_threads
 
@@ -41,8 +41,9 @@ class Processes:
         threads: CPU threads of this process.
     """
 
-    def __init__(self, accelerator: Accelerator, threads: int) -> None:
+    def __init__(self, accelerator: Accelerator, threads: int, precision: str = "no") -> None:
         self._accelerator = accelerator
+        self._precision = precision
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
@@ -57,8 +58,10 @@ class Processes:
 
     def describe(self) -> str:
         """What this run really is, in a line: ``2 processes (DDP, gloo), cpu, 1 thread each, float32``."""
-        engine = f" (DDP, {self._accelerator.state.backend})" if self.world > 1 else ""
-        precision = {"no": "float32"}.get(self._accelerator.mixed_precision, self._accelerator.mixed_precision)
+        stage = self._zero_stage
+        kind = f"DeepSpeed ZeRO-{stage}" if stage else "DDP"
+        engine = f" ({kind}, {self._accelerator.state.backend})" if self.world > 1 or stage else ""
+        precision = {"no": "float32"}.get(self._precision, self._precision)
         each = _count(self.threads, "thread") + (" each" if self.world > 1 else "")
         return f"{_count(self.world, 'process')}{engine}, {self._device_name()}, {each}, {precision}"
 
@@ -104,6 +107,14 @@ class Processes:
         """Whether ``flag`` holds on some process."""
         return any(self.gather_object(flag))
 
+    def most(self, number: int) -> int:
+        """The largest ``number`` of any process. All must call."""
+        if self.world == 1:
+            return number
+        held = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+        return int(held)
+
     def on_main(self, function: Callable[[], T]) -> T:
         """Run ``function`` on the main process alone and give its result to all.
 
@@ -123,83 +134,45 @@ class Processes:
             raise failure or told
         return result
 
-    def engine(self, trainee: nn.Module, optimizer: torch.optim.Optimizer, phased: bool = False) -> Engine:
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the engine will give each process only a piece of every weight."""
+        return self._zero_stage == 3
+
+    def engine(
+        self,
+        trainee: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        phased: bool = False,
+        outside: Sequence[nn.Parameter] = (),
+    ) -> Engine:
         """Make ``trainee`` and its optimizer work across the processes. Once per run.
 
         Args:
             phased: some weights have no part in the loss of some steps, which processes then have to find out.
+            outside: parameters that the loss reads outside of the modules that hold them.
+
+        Raises:
+            GuardError: the engine is not the one that was asked for.
         """
+        if self._zero_stage:
+            autocast = torch.bfloat16 if self._precision == "bf16" else None
+            engine = zero.Zero(self._accelerator, trainee, optimizer, autocast, outside)
+            if engine.stage != self._zero_stage:
+                raise GuardError(f"ZeRO-{self._zero_stage} was asked for, DeepSpeed runs stage {engine.stage}")
+            return engine
         if phased:
             self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        return Engine(self._accelerator, trainee, optimizer)
+        return Replicated(self._accelerator, trainee, optimizer)
+
+    @property
+    def _zero_stage(self) -> int:
+        """0 without DeepSpeed."""
+        plugin = self._accelerator.state.deepspeed_plugin
+        return int(plugin.zero_stage) if plugin else 0
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-
-
-class Engine:
-    """One module and its optimizer, wrapped: what happens between a batch and moved weights."""
-
-    def __init__(self, accelerator: Accelerator, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._accelerator = accelerator
-        self._plain = optimizer
-        self._trainee, self._optimizer = accelerator.prepare(trainee, optimizer)
-        if accelerator.num_processes > 1 and not isinstance(self._trainee, DistributedDataParallel):
-            raise GuardError("the processes would not share their gradients: accelerate has wrapped nothing")
-
-    @property
-    def boundary(self) -> bool:
-        """True in the micro-step that ends an accumulation."""
-        return self._accelerator.sync_gradients
-
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Around one micro-step: gradients are exchanged between processes only where an accumulation ends."""
-        with self._accelerator.accumulate(self._trainee):
-            yield
-
-    def forward(self, *inputs: Any) -> Any:
-        """Call the wrapped module, under mixed precision where that was asked for."""
-        return self._trainee(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add ``loss``'s gradients, divided by the number of micro-steps that accumulate."""
-        self._accelerator.backward(loss)
-
-    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float, max_value: float | None = None) -> Tensor:
-        """Scale gradients down to ``max_norm`` where they are longer, and return their norm before, a scalar.
-
-        With ``max_value``, cut each of their numbers to that size instead. Either acts on true gradients: those of
-        float16 have been divided by the loss scale by then.
-        """
-        norm = self._accelerator.clip_grad_norm_(parameters, max_norm if max_value is None else math.inf)
-        if max_value is not None:
-            nn.utils.clip_grad_value_(parameters, max_value)
-        return torch.as_tensor(norm)
-
-    def step(self) -> None:
-        """Move the weights and forget the gradients. Under float16 weights stay where a gradient overflowed."""
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer itself, unwrapped."""
-        return self._plain
-
-    @property
-    def scales_loss(self) -> bool:
-        """True under float16, where gradients may overflow and the scale then shrinks."""
-        return self._accelerator.scaler is not None
-
-    def scaler_state(self) -> dict[str, float]:
-        """Numbers of the float16 loss scaler; empty without one."""
-        return dict(self._accelerator.scaler.state_dict()) if self.scales_loss else {}
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Put ``scaler_state`` back."""
-        if self.scales_loss and state:
-            self._accelerator.scaler.load_state_dict(state)
 
 
 def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIENCE) -> Processes:
@@ -218,17 +191,23 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
     if train.mixed_precision == "fp16" and on_cpu:
         raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
     _forget_earlier_runs()
+    plugin = zero.plugin(train, on_cpu) if zero.asked() else None
     handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience))
     accelerator = Accelerator(
-        cpu=on_cpu,  # unless told, accelerate takes two processes without GPU for two runs, and averages nothing
-        mixed_precision=train.mixed_precision,
+        # unless told, accelerate takes two processes without GPU for two runs, and averages nothing; told so, it would
+        # leave out DeepSpeed without a word
+        cpu=on_cpu and plugin is None,
+        mixed_precision="no" if plugin else train.mixed_precision,  # of weights, were DeepSpeed to hear of it
         gradient_accumulation_steps=train.gradient_accumulation_steps,
+        deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
+    if plugin:
+        plugin.dschf = None  # by which transformers would load networks in pieces, and those of the report too
     torch.set_num_threads(threads)  # accelerate sets its own number while it starts
-    processes = Processes(accelerator, threads)
+    processes = Processes(accelerator, threads, train.mixed_precision)
     atexit.register(_leave)
     _require_what_was_asked(processes)
     processes.say(processes.describe())
@@ -250,6 +229,10 @@ def _leave() -> None:
 
 
 def _require_what_was_asked(processes: Processes) -> None:
+    if zero.asked() and processes._accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError(f"DeepSpeed asked for, but this is {processes.describe()}; start it with a launcher")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("FSDP asked for, which this version does not train with; take zero3 (docs/distributed.md)")
     asked = asked_processes()
     if asked is not None and asked != processes.world:
         raise UserError(

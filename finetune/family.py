@@ -175,6 +175,7 @@ class ExportNames:
         places: where kohya's files have layers that they do not call as diffusers does, a table of
             ``finetune.originals``; empty where the names are diffusers' own.
         unread_by: tools that read no file of kohya's naming that is for this network, though they do for others.
+        single_file: of a denoiser, whether its model is written as one file (``finetune.export.single_file``).
     """
 
     diffusers: str
@@ -183,6 +184,7 @@ class ExportNames:
     words: str = ""
     places: Places = field(default_factory=dict)
     unread_by: tuple[str, ...] = ()
+    single_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,12 @@ class Published:
 
 
 def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
-    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them, and no
-    bundle where A1111, its only reader, has no such model.
+    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them, no bundle
+    where A1111, its only reader, has no such model, and no single file where none is known.
     """
     called = names["denoiser"]
     lacking = {*(() if called.kohya else KOHYA), *(("bundle",) if "a1111" in called.unread_by else ())}
+    lacking |= set() if called.single_file else {"single-file"}
     return tuple(layout for layout in layouts if layout not in lacking)
 
 

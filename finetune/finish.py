@@ -16,6 +16,7 @@ import psutil
 from finetune import evaluation
 from finetune.adapter import Weights
 from finetune.config import Recipe, lock
+from finetune.config.schema import ModelConfig
 from finetune.data import Batches, Concept, Picture, wording
 from finetune.data.places import Place
 from finetune.distributed import Processes
@@ -24,7 +25,7 @@ from finetune.evaluation.machine import machine, versions
 from finetune.export import Verification, export, identify, pieces, usage, verify
 from finetune.export.cover import put_cover
 from finetune.export.sample import adapted
-from finetune.families import EMBEDDED, load_family
+from finetune.families import EMBEDDED, families, load_family, model_folder
 from finetune.family import ModelFamily
 from finetune.sampling import draw
 from finetune.train import RunFolder, Trainer
@@ -137,7 +138,7 @@ def report(
         metrics=metrics,
         snapshots=_snapshots(folder.samples, shown.prompts),
         exported=[_exported(one, folder.path) for one in verified],
-        commands=_commands(recipe, verified, asked),
+        commands=_commands(recipe, families()[base.name].pipelines[0], verified, asked),
         recipe=lock(recipe),
         facts={**machine(), **versions(), "processes": processes.describe()},
         notes=shown.notes,
@@ -241,12 +242,12 @@ def _exported(one: Verification, run: Path) -> ExportedFile:
     return ExportedFile(str(one.path.relative_to(run)), found.layout, size, checks)
 
 
-def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions) -> list[Command]:
+def _commands(recipe: Recipe, kind: str, verified: Sequence[Verification], asked: Questions) -> list[Command]:
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
     used = pieces(path.parent)
     model = str(used[0].path) if used[0].whole else recipe.model.path
-    code = "\n".join([usage.pipeline(model), *(usage.loading(one) for one in used if not one.whole)])
+    code = "\n".join([_pipeline(model, kind, recipe), *(usage.loading(one) for one in used if not one.whole)])
     what = path if len(used) == 1 else path.parent
     chunks = recipe.model.prompt_chunks
     long = f" --prompt-chunks {chunks}" if used[0].whole and chunks > 1 else ""
@@ -258,6 +259,19 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
+
+
+def _pipeline(model: str, kind: str, recipe: Recipe) -> str:
+    """How diffusers loads a model: a single file with the settings of a model that it is like.
+
+    Args:
+        kind: of its pipelines.
+    """
+    if not Path(model).is_file():
+        return usage.pipeline(model)
+    base = recipe.model.path
+    like = recipe.model.like or ("" if Path(base).is_file() else base)
+    return usage.single_file(repr(model), kind, str(model_folder(ModelConfig(path=like))) if like in EMBEDDED else like)
 
 
 def _figures(one: Evaluation) -> str:

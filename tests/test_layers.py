@@ -28,14 +28,16 @@ ALLOWED = {
     "config": {"errors", "files"},
     "tinyworld": BOTTOM,
     "launcher": {"errors"},
-    "distributed": {"config", "launcher", *BOTTOM},
+    "engine": BOTTOM,
+    "zero": {"engine", "config", *BOTTOM},
+    "distributed": {"engine", "zero", "config", "launcher", *BOTTOM},
     "families": {"batch", "family", "objective", "objectives", "originals", "config", "tinyworld", *BOTTOM},
     "hypernet": BOTTOM,
     "adapters": {"adapter", "batch", "family", "hypernet", "config", *BOTTOM},
     "aesthetic": {"adapter", "family", *BOTTOM},
     "sampling": {"family", "config", "distributed", *BOTTOM},
     "data": {"batch", "family", "config", "sampling", "tinyworld", *BOTTOM},
-    "train": {*BORDERS, "config", "distributed", "sampling", *BOTTOM},
+    "train": {*BORDERS, "config", "engine", "distributed", "sampling", *BOTTOM},
     "export": {*BORDERS, "aesthetic", "hypernet", "config", "families", "originals", "sampling", *BOTTOM},
     "evaluation": {"config", "tinyworld", *BOTTOM},
     # what puts the parts together
@@ -44,7 +46,7 @@ ALLOWED = {
     "formats": {"adapter", "family", "families", "adapters", "config", "export", "errors", "randomness"},
     "preview": {"adapter", "family", "export", "files", "sampling", "train"},
     "demo": {"config", "export", "family", "sampling", *BOTTOM},
-    "publish": {"config", "export", "train", *BOTTOM},
+    "publish": {"config", "export", "families", "train", *BOTTOM},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }
 COMMANDS = {

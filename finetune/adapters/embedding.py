@@ -82,6 +82,7 @@ class Embedding(Adapter):
 
     def __init__(self, config: EmbeddingConfig, family: ModelFamily, seed: int) -> None:
         self.config = config
+        self.bounded = config.norm is not None or config.progressive_steps is not None
         self.tables: dict[str, Extended] = {}
         self._vocabularies = {vocabulary.network: vocabulary for vocabulary in family.sites.vocabularies}
         family.require("denoiser", *self._vocabularies)

@@ -41,6 +41,7 @@ class Full(Adapter):
         self.family = family
         self.parameters: dict[str, nn.Parameter] = {}
         self._original: dict[str, Tensor] | None = None
+        self._shared = False
         readers = _readers(family) if config.detach_start else None
         denoiser, *text_encoders = trained = networks(family, config.text_encoder)
         family.require(*trained)
@@ -104,6 +105,10 @@ class Full(Adapter):
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
 
+    def share_networks(self) -> None:
+        """From here on there is no room for a second set of weights."""
+        self._shared = True
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the networks hold the weights of the base as they are on disk. Only under ``torch.no_grad()``.
@@ -112,7 +117,10 @@ class Full(Adapter):
 
         Raises:
             RuntimeError: gradients are enabled; a backward pass would mix the two sets of weights.
+            UserError: processes hold the weights in pieces.
         """
+        if self._shared:
+            raise UserError("prior.kind: 'model' with whole weights does not work with ZeRO-3; take images, or zero2")
         if torch.is_grad_enabled():
             raise RuntimeError("the untouched weights may be used under torch.no_grad() only")
         if self._original is None:

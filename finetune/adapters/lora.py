@@ -52,6 +52,7 @@ class Lora(Injected):
         self.config = config
         self._ranks: dict[str, int] = {}
         self._principal: dict[str, Principal] = {}
+        self.bounded = config.max_norm is not None
         super().__init__(config, family, seed)
 
     def _prepare(self, chosen: Mapping[str, nn.Module]) -> None:

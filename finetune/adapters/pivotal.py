@@ -48,6 +48,8 @@ class Pivotal(Adapter):
         self.words = Embedding(config.embedding, family, seed)
         self._memo = PromptMemo(family.encode_prompt, self._rows)
         family.encode_prompt = self._memo  # type: ignore[method-assign]
+        self.bounded = self.words.bounded or self.layers.bounded
+        self._remembers = True
         self._pivot: int | None = None
         self._step = 0
         self._names = {group.name for group in self.words.groups()}
@@ -122,12 +124,18 @@ class Pivotal(Adapter):
         last = steps - 1 if self.config.mode == "two-phase" else steps
         self._pivot = round(share * steps) if share in (0, 1) else min(max(1, round(share * steps)), last)
 
+    def share_networks(self) -> None:
+        """Captions are encoded every time: what a process remembers alone keeps the others waiting."""
+        self._remembers = False
+        self.layers.share_networks()
+
     def begin_step(self, step: int) -> None:
         """Tell each part how many of its own steps are done."""
         self._step = step
         self.words.begin_step(min(step, max(self.pivot - 1, 0)))  # what is in a caption stays when the words rest
         self.layers.begin_step(max(0, step - self.pivot) if self.config.mode == "two-phase" else step)
-        self._memo.active = self._words_rest(step) and not self.config.weights.trains_text
+        rests = self._words_rest(step) and not self.config.weights.trains_text
+        self._memo.active = rests and self._remembers
 
     def resting(self, step: int) -> frozenset[str]:
         """The words' group from the pivot on; with two phases the layers' groups before it."""

@@ -36,11 +36,11 @@ FORMATS = {  # kind of adapter -> layouts that its files can have
     "lokr": ("peft", "kohya"),
     "loha": ("peft", "kohya"),
     "oft": ("peft",),
-    "full": ("diffusers", "delta"),
+    "full": ("diffusers", "delta", "single-file"),
     "embedding": ("diffusers", "a1111"),
     "hypernetwork": ("diffusers", "a1111"),
     "aesthetic": ("diffusers", "a1111"),
-    "pivotal": ("diffusers", "kohya", "a1111", "bundle", "delta"),
+    "pivotal": ("diffusers", "kohya", "a1111", "bundle", "delta", "single-file"),
 }
 
 

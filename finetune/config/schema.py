@@ -25,12 +25,17 @@ class ModelConfig(Section):
     """The base model."""
 
     path: Text = "tinyworld"
-    """A diffusers folder, a hub name, or a small model that is shipped with the toolkit: `tinyworld`, in the layout of
-    Stable Diffusion 1, or `tinyworld-flow`, in that of Stable Diffusion 3."""
+    """A diffusers folder, a single-file checkpoint (`.safetensors`), a hub name, or a small model that is shipped with
+    the toolkit: `tinyworld` in the layout of Stable Diffusion 1, `tinyworld-flow` in that of Stable Diffusion 3."""
     family: Text | None = None
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None
     """Commit or tag of a hub model."""
+    like: Text | None = None
+    """Of a single file: a diffusers folder or hub name of the same kind of model, of which settings, tokenizers and the
+    networks that the file lacks are taken. SD 1, 2 and XL can do without: docs/models.md."""
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """Of a single file of SD 1, 2 or XL: what it predicts, where it does not say so itself."""
     prompt_chunks: PositiveInt = 1
     """How many times the text encoder's 77 tokens a prompt may fill, in training and in pictures; it takes as many as
     it needs. 1 cuts what is longer."""
@@ -297,7 +302,10 @@ class ExportConfig(Section):
     """What is written at the end. Every file is loaded again and compared before the run counts as done."""
 
     formats: (
-        Annotated[list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle"]], Field(min_length=1)] | None
+        Annotated[
+            list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle", "single-file"]], Field(min_length=1)
+        ]
+        | None
     ) = None
     """Layouts of the files; all that the method has where it is not set: docs/formats.md."""
     tools: Annotated[list[Tool], Field(min_length=1)] | None = Field(default=None, alias="for")

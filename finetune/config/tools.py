@@ -20,6 +20,10 @@ Tool = Literal["diffusers", "comfyui", "a1111", "forge", "kohya", "invokeai", "s
 
 _UIS = ("comfyui", "a1111", "forge", "invokeai", "stable-diffusion.cpp")
 _LYCORIS: Mapping[str, str] = {"diffusers": "peft", **dict.fromkeys(_UIS, "kohya")}
+_MODELS: Mapping[str, str] = {
+    **dict.fromkeys(("diffusers", "kohya", "invokeai"), "diffusers"),
+    **dict.fromkeys(("comfyui", "a1111", "forge", "stable-diffusion.cpp"), "single-file"),
+}
 
 READS: Mapping[str, Mapping[str, str]] = {
     "lora": {"diffusers": "diffusers", **dict.fromkeys((*_UIS, "kohya"), "kohya")},
@@ -30,8 +34,8 @@ READS: Mapping[str, Mapping[str, str]] = {
     "embedding": {"diffusers": "diffusers", "kohya": "diffusers", **dict.fromkeys(_UIS, "a1111")},
     "hypernetwork": {"diffusers": "diffusers", "comfyui": "a1111", "a1111": "a1111"},
     "aesthetic": {"diffusers": "diffusers", "a1111": "a1111"},
-    "full": dict.fromkeys(("diffusers", "kohya", "invokeai"), "diffusers"),
-    "selection": {"diffusers": "delta", "kohya": "diffusers", "invokeai": "diffusers"},
+    "full": _MODELS,
+    "selection": {**_MODELS, "diffusers": "delta"},
 }
 """Method -> tool -> the format that it reads best. Formats are those of ``export.formats``."""
 
@@ -42,8 +46,6 @@ _INSTEAD: Mapping[str, str] = {
     "oft": "reads no rotations of inputs; it reads kind: {lora}",
     "hypernetwork": "draws with no hypernetworks; comfyui and a1111 do, and it reads kind: lora",
     "aesthetic": "reads no aesthetic embeddings; it reads the LoRA that bake_prompts makes of one",
-    "full": "reads no folders of diffusers; kohya and invokeai do, and the folder can be converted",
-    "selection": "reads no folders of diffusers; kohya and invokeai do, and the folder can be converted",
 }
 """Method -> what a tool that is not in ``READS`` makes of it, and the nearest that it does read."""
 

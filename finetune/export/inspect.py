@@ -21,7 +21,7 @@ from finetune.export.kinds import kind
 from finetune.export.loads import UNETS, Facts, loads, loads_words
 from finetune.export.metadata import OWN
 from finetune.export.origin import base, made_by, mapping, triggers
-from finetune.export.read import Identity, identify, locate, read_header
+from finetune.export.read import SINGLE, Identity, identify, locate, read_header
 from finetune.export.sizes import Block
 from finetune.export.sizes import blocks as sizes
 
@@ -137,7 +137,7 @@ def _named_loads(found: Identity, family: str | None) -> dict[str, str]:
         return loads_words(family, found.layout)
     answers = dict.fromkeys(kind(found.kind).readers(found.layout), "yes")
     if found.whole and family in UNETS:
-        answers["kohya"] = "yes"
+        answers |= {"kohya": "yes", **({"a1111": "yes"} if found.layout == SINGLE else {})}
     if found.kind == "hypernetwork" and found.layout == "a1111":
         why = comfyui_objection(read_hypernetwork(found.path).structure)
         answers |= {"comfyui": f"wrong: {why}" if why else "yes", "forge": "no: it draws with no hypernetworks"}

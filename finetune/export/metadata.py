@@ -34,8 +34,7 @@ def describe(
         "kind": "lora",
         "layout": layout,
         "family": family.name,
-        "base": recipe.model.path,
-        "revision": recipe.model.revision or "",
+        **base_of(recipe),
         "prompt_chunks": str(recipe.model.prompt_chunks) if recipe.model.prompt_chunks > 1 else "",
         "recipe": recipe.recipe,
         "steps": str(recipe.train.total_steps),
@@ -78,6 +77,17 @@ def _kohya(layers: Sequence[Layer], family: ModelFamily, recipe: Recipe) -> dict
         "ss_v2": str(family.published.shelf == "SD2"),
         "ss_base_model_version": base_version(family),
         **objective.kohya(recipe.objective),
+    }
+
+
+def base_of(recipe: Recipe) -> dict[str, str]:
+    """The base as the recipe names it; what it leaves out is empty."""
+    model = recipe.model
+    return {
+        "base": model.path,
+        "revision": model.revision or "",
+        "like": model.like or "",
+        "base_prediction": model.prediction or "",
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from finetune.export.embedding import is_several
 from finetune.export.metadata import OWN
 from finetune.export.read import Identity, read_header
@@ -42,16 +44,28 @@ def pipeline(model: str) -> str:
     return f"pipeline = DiffusionPipeline.from_pretrained({model!r})"
 
 
+def single_file(path: str, kind: str, like: str = "") -> str:
+    """The same of a single-file checkpoint.
+
+    Args:
+        path: an expression of Python.
+        kind: diffusers' class.
+        like: folder or hub name of a model whose settings it has; diffusers finds them where it is not given.
+    """
+    return f"pipeline = {kind}.from_single_file({path}{f', config={like!r}' if like else ''})"
+
+
 def imports(lines: str) -> str:
     """What ``pipeline`` and ``loading`` need: import statements, a line each, with its end."""
+    kind = re.search(r"= (\w+Pipeline)\.", lines)
+    classes = f"from diffusers import {kind[1]}\n" if kind else ""
     wanted = {
-        "DiffusionPipeline.": "from diffusers import DiffusionPipeline",
         "= tinyworld.": "from finetune import tinyworld",
         "finetune.": "import finetune",
         "hf_hub_download(": "from huggingface_hub import hf_hub_download",
         "load_file(": "from safetensors.torch import load_file",
     }
-    return "".join(f"{statement}\n" for mark, statement in wanted.items() if mark in lines)
+    return classes + "".join(f"{statement}\n" for mark, statement in wanted.items() if mark in lines)
 
 
 def _several(keys: list[str], found: Identity, fetched: str) -> str:

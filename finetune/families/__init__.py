@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -30,6 +31,7 @@ EMBEDDED = tinyworld.NAMES
 GROUP = "finetune.families"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILES = (".safetensors", ".ckpt")  # endings that no repository's name has
 
 
 @functools.cache
@@ -47,7 +49,8 @@ def load_family(
     """The family of a base model, with no network in memory yet.
 
     Args:
-        config: names a folder, a hub model or the embedded one. A folder is never looked for on a network.
+        config: names a folder, a single file, a hub model or the embedded one. A folder or file is never looked for on
+            a network.
         objective: what the recipe changes of what the base was trained on; nothing where it is not given.
         device: where its networks are put when they are required.
 
@@ -76,19 +79,34 @@ def load_family(
 
 
 def model_folder(config: ModelConfig) -> Path:
-    """Where a model's files are on this machine. A hub model that is not in the cache is fetched.
+    """Where a model's files are on this machine, in diffusers' layout.
+
+    A single file is converted once (``single_file.convert``), a hub model that is not in the cache is fetched.
 
     Raises:
-        UserError: there is no such folder or hub model.
+        UserError: there is no such folder, file or hub model, or the file cannot be converted.
     """
+    path = Path(config.path).expanduser()
+    if path.is_file() and config.path not in EMBEDDED:
+        from finetune.families.single_file.convert import converted
+
+        return converted(config)
+    for key in ("like", "prediction"):
+        if getattr(config, key) is not None:
+            raise UserError(f"model.{key} is for a single file, and {config.path!r} is none")
     if config.path in EMBEDDED:
         return tinyworld.base(config.path)
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        return folder
-    if _HUB_NAME.fullmatch(config.path) and not folder.parent.exists():
+    if path.is_dir():
+        return path
+    if on_hub(config.path):
         return _fetch(config)
-    raise UserError(f"model.path: no folder {config.path!r}{_neighbour(folder)}")
+    raise UserError(f"model.path: no folder or file {config.path!r}{_neighbour(path)}")
+
+
+def on_hub(name: str) -> bool:
+    """Whether ``name`` can only mean a model of the Hugging Face hub."""
+    path = Path(name).expanduser()
+    return _HUB_NAME.fullmatch(name) is not None and path.suffix not in _FILES and not path.parent.exists()
 
 
 def at_hand(config: ModelConfig) -> bool:
@@ -139,5 +157,6 @@ def _neighbour(folder: Path) -> str:
     parent, wanted = folder.absolute().parent, folder.name
     while not parent.is_dir():
         parent, wanted = parent.parent, parent.name
-    hint = nearest(wanted, [child.name for child in parent.iterdir() if child.is_dir()][:1000])
+    models = (child.name for child in parent.iterdir() if child.is_dir() or child.suffix == ".safetensors")
+    hint = nearest(wanted, itertools.islice(models, 1000))
     return f"; in {parent}{hint.removeprefix(';')}" if "did you mean" in hint else f"; {parent} has no {wanted!r}"

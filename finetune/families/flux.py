@@ -67,7 +67,9 @@ class Flux(DiffusersFolder):
         whole = settings["num_attention_heads"] * settings["attention_head_dim"] == _WIDTH
         unread = ("a1111",) if whole else ("a1111", "diffusers")  # whose converter knows that width alone
         self.export_names = {
-            "denoiser": ExportNames("transformer", "lora_unet", places=original.places(settings), unread_by=unread),
+            "denoiser": ExportNames(
+                "transformer", "lora_unet", places=original.places(settings), unread_by=unread, single_file=True
+            ),
             CLIP: ExportNames(CLIP, "lora_te1", missing_level(self.parts[CLIP]), "clip_l"),
             T5: ExportNames(T5, "lora_te3", words="t5xxl"),
         }

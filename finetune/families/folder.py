@@ -253,9 +253,7 @@ class DiffusersFolder(ABC):
             folders = [part.subfolder, *([part.tokenizer] if part.tokenizer else [])]
             for file in sorted(file for name in folders for file in (self.folder / name).iterdir()):
                 if file.suffix in {".json", ".txt", ".jinja", ".safetensors", ".model"}:
-                    status = file.stat()
-                    content = _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
-                    digest.update(f"{file.name} {content}\n".encode())
+                    digest.update(f"{file.name} {file_digest(file)}\n".encode())
         return digest.hexdigest()
 
     def _changes(self, network: str) -> str:
@@ -366,6 +364,12 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: missing")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, hex; they are read once as long as the file does not change."""
+    status = file.stat()
+    return _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -63,7 +63,9 @@ class SDXL(UNetFolder):
         )
         levels = {name: unet.missing_level(self.parts[name]) for name in self.text_encoders}
         self.export_names = {
-            "denoiser": ExportNames("unet", "lora_unet", places=original.places(self.settings["denoiser"])),
+            "denoiser": ExportNames(
+                "unet", "lora_unet", places=original.places(self.settings["denoiser"]), single_file=True
+            ),
             "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
         }
@@ -119,7 +121,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
     from finetune.families.tiny import WIDTH, autoencoder, clip_text, ddim, drawn
     from finetune.tinyworld.tokenizer import build
 
-    pooled, size = 12, 8
+    pooled, size, wider = 12, 8, 24  # the second encoder: diffusers tells the two in a single file apart by it
     with drawn(seed):
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -130,7 +132,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
             transformer_layers_per_block=(1, 1, 2),
             norm_num_groups=4,
             attention_head_dim=4,
-            cross_attention_dim=2 * WIDTH,
+            cross_attention_dim=WIDTH + wider,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=size,
@@ -139,7 +141,9 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
         StableDiffusionXLPipeline(
             vae=autoencoder(4),
             text_encoder=clip_text(eos_token_id=2),  # as the published settings have it, wrongly
-            text_encoder_2=clip_text(CLIPTextModelWithProjection, projection_dim=pooled, eos_token_id=2),
+            text_encoder_2=clip_text(
+                CLIPTextModelWithProjection, hidden_size=wider, projection_dim=pooled, eos_token_id=2
+            ),
             tokenizer=build(),
             tokenizer_2=build(),
             unet=unet.eval(),

@@ -137,7 +137,7 @@ def _sections(card: Card) -> Iterator[str]:
 def _files(seen: Seen) -> str:
     rows = []
     for piece, one in seen:
-        name = "`model_index.json` and its folders" if piece.whole else code(piece.path.name)
+        name = "`model_index.json` and its folders" if piece.path.is_dir() else code(piece.path.name)
         rows.append((name, one.kind, *(one.loads.get(tool, "no") for tool in tools.NAMES)))
     return table(("file", "what it is", *tools.NAMES.values()), rows)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from finetune.export.loads import YES
-from finetune.export.metadata import sampling
+from finetune.export.metadata import OWN, sampling
 from finetune.export.read import Identity
-from finetune.export.usage import imports, loading, pipeline
+from finetune.export.usage import imports, loading, pipeline, single_file
+from finetune.families import families
 from finetune.publish.markdown import code
 
 NAMES = {"diffusers": "diffusers", "comfyui": "ComfyUI", "forge": "Forge", "a1111": "A1111", "kohya": "kohya's tools"}
@@ -36,9 +37,7 @@ _TITLES = {("comfyui",): "ComfyUI", ("a1111", "forge"): "A1111 and Forge", ("koh
 
 def diffusers(repository: str, base: str | None, used: Sequence[Identity], prompt: str) -> str:
     """A script that draws with what lies in a repository."""
-    whole = any(piece.whole for piece in used)
-    source = repository if whole else base or "path/to/the/base/model"
-    lines = [pipeline(source), *(loading(piece, repository) for piece in used if not piece.whole)]
+    lines = [_base(repository, base, used), *(loading(piece, repository) for piece in used if not piece.whole)]
     if settings := sampling(used[0].metadata):  # what it was trained for, and the base was not
         lines.append(f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **{settings!r})")
     return "\n".join(
@@ -48,6 +47,15 @@ def diffusers(repository: str, base: str | None, used: Sequence[Identity], promp
             f"pipeline({prompt or 'what you would like to see'!r}).images[0].save('picture.png')",
         ]
     )
+
+
+def _base(repository: str, base: str | None, used: Sequence[Identity]) -> str:
+    """The line that makes the pipeline; of a model that lies there both ways, out of its folder."""
+    whole = sorted((piece for piece in used if piece.whole), key=lambda piece: piece.path.is_file())
+    if not whole or whole[0].path.is_dir():
+        return pipeline(repository if whole else base or "path/to/the/base/model")
+    kind = families()[whole[0].metadata[f"{OWN}family"]].pipelines[0]
+    return single_file(f"hf_hub_download({repository!r}, {whole[0].path.name!r})", kind, base or "")
 
 
 def sections(loads: Sequence[tuple[Identity, Mapping[str, str]]]) -> Iterator[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from finetune.adapter import ParameterGroup
+from finetune.engine import Reached
 from finetune.errors import GuardError
 
 
@@ -48,8 +49,11 @@ class GradientWatch:
         self._patience = {name: group.patience for group in groups for name in group.parameters}
         self._updates = 0
 
-    def look(self) -> None:
+    def look(self, reached: Callable[[Sequence[nn.Parameter]], list[Reached]]) -> None:
         """Look at the gradients of one update, before the optimizer takes them.
+
+        Args:
+            reached: an engine's.
 
         Raises:
             GuardError: some tensor learns nothing; it names them.
@@ -57,10 +61,11 @@ class GradientWatch:
         if not self._silent:
             return
         self._updates += 1
-        missing = [name for name, value in self._silent.items() if value.grad is None]
+        came = dict(zip(self._silent, reached(list(self._silent.values())), strict=True))
+        missing = [name for name, what in came.items() if what is Reached.NOT]
         if missing and self._updates == 1:
             raise GuardError(f"no gradient reaches {_list(missing)}: the loss does not depend on them")
-        self._silent = {name: value for name, value in self._silent.items() if not _nonzero(value)}
+        self._silent = {name: value for name, value in self._silent.items() if came[name] is not Reached.MOVED}
         if late := [name for name in self._silent if self._patience[name] <= self._updates]:
             raise GuardError(f"the gradient of {_list(late)} was zero in each of the first {self._updates} updates")
 
@@ -112,10 +117,6 @@ class NormGuard:
                 f"the gradient of step {step} is not finite, though its loss is; nothing was updated. "
                 f"Pictures: {'; '.join(pictures)}"
             )
-
-
-def _nonzero(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.count_nonzero())
 
 
 def _list(names: Iterable[str]) -> str:

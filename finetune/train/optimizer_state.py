@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finetune.adapter import ParameterGroup
+from finetune.engine import Memories, Memory, put
 from finetune.errors import UserError
 
 _OURS = ("params", "name", "kind", "peak", "lr")  # of a group: given anew by every start and step
@@ -17,19 +19,25 @@ _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _NUMBER = "#"  # ends the name of what was a plain number
 
 
-def state_by_name(optimizer: Optimizer, groups: Sequence[ParameterGroup]) -> dict[str, Tensor]:
+def state_by_name(
+    optimizer: Optimizer, groups: Sequence[ParameterGroup], memory: Memory | None = None
+) -> dict[str, Tensor]:
     """All that the optimizer remembers.
 
     Of a parameter ``<parameter>/<what>``, for example ``denoiser.conv_in.weight/exp_avg``; of the optimizer's group
     number n, what a step has changed, as ``groups.<n>/<what>``. Plain numbers become tensors, and ``#`` ends their
     names.
 
+    Args:
+        memory: an engine's, which finds what is remembered of a parameter; in the optimizer itself by default.
+
     Raises:
         UserError: it remembers what is neither tensor nor number.
     """
     kept: dict[str, Tensor] = {}
     for name, parameter in _named(groups):
-        for what, value in optimizer.state.get(parameter, {}).items():
+        remembered = memory(parameter) if memory else optimizer.state.get(parameter, {})
+        for what, value in remembered.items():
             kept |= _kept(f"{name}/{what}", value, optimizer)
     for number, group in enumerate(optimizer.param_groups):
         for what, value in group.items():
@@ -38,35 +46,37 @@ def state_by_name(optimizer: Optimizer, groups: Sequence[ParameterGroup]) -> dic
     return kept
 
 
-def load_state_by_name(optimizer: Optimizer, groups: Sequence[ParameterGroup], state: Mapping[str, Tensor]) -> None:
+def load_state_by_name(
+    optimizer: Optimizer,
+    groups: Sequence[ParameterGroup],
+    state: Mapping[str, Tensor],
+    remember: Callable[[Memories], None] | None = None,
+) -> None:
     """Put ``state_by_name`` back, bit for bit.
+
+    Args:
+        remember: an engine's, which puts back what is remembered of parameters; into the optimizer itself by default.
 
     Raises:
         UserError: the state belongs to other parameters.
     """
     parameters = dict(_named(groups))
     numbered = {f"groups.{number}": group for number, group in enumerate(optimizer.param_groups)}
-    homes = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    memories: dict[nn.Parameter, dict[str, Any]] = {}
+    device = next(iter(parameters.values())).device
     for key, value in state.items():
         owner, what = key.rsplit("/", 1)
         if owner in parameters:
-            parameter = parameters[owner]
-            place, device = optimizer.state[parameter], _device(homes[parameter], parameter, what)
+            place = memories.setdefault(parameters[owner], {})
         elif owner in numbered:
             place = numbered[owner]
-            device = place["params"][0].device
         else:
             raise UserError(f"the optimizer's state is of another run: this one has no parameter {owner!r}")
         if what.endswith(_NUMBER):
             place[what.removesuffix(_NUMBER)] = value.item()
         else:
             place[what] = value.to(device, copy=True)
-
-
-def _device(group: Mapping[str, Any], parameter: nn.Parameter, what: str) -> torch.device:
-    """Where a state lives: beside its parameter, but for the step count, which only some kernels read there."""
-    on_host = what == "step" and not (group.get("fused") or group.get("capturable"))
-    return torch.device("cpu") if on_host else parameter.device
+    (remember or partial(put, optimizer))(memories)
 
 
 def _kept(key: str, value: Any, optimizer: Optimizer) -> dict[str, Tensor]:

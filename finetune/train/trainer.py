@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +52,10 @@ class Trainee(nn.Module):
     """The single module that is wrapped for several processes.
 
     DDP, FSDP and ZeRO work by intercepting one module's ``forward``. So all weights that receive gradients live in
-    this module, and the whole loss is computed inside its ``forward``.
+    this module, and the whole loss is computed inside its ``forward``. Networks that train are put into ``train()``.
+
+    Args:
+        also: frozen networks that belong to it, where weights are dealt out to the processes.
     """
 
     def __init__(
@@ -59,10 +63,13 @@ class Trainee(nn.Module):
         networks: nn.ModuleDict,
         loss: Callable[[Batch], Tensor | Losses],
         penalty: Callable[[], Tensor | None] = lambda: None,
+        also: Sequence[str] = (),
     ) -> None:
         super().__init__()
         trained = {name: part for name, part in networks.items() if any(p.requires_grad for p in part.parameters())}
-        self.networks = nn.ModuleDict(trained)
+        for network in trained.values():
+            network.train()
+        self.networks = nn.ModuleDict(trained | {name: networks[name] for name in also if name in networks})
         self._loss, self._penalty = loss, penalty
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -109,14 +116,20 @@ class Trainer:
         self._parameters = {name: value for group in self._groups for name, value in group.parameters.items()}
         for parameter in self._parameters.values():
             parameter.data = parameter.data.float()  # half-precision weights would lose small updates
+        self._shapes = {name: value.shape for name, value in self._parameters.items()}
         train = recipe.train
         optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.peak_learning_rate)
         require_one_home(networks, self._groups, optimizer)
-        self._trainee = Trainee(networks, loss, adapter.penalty).train()
-        self._engine = processes.engine(self._trainee, optimizer, phased=adapter.phased)
+        if processes.shards_weights:
+            adapter.share_networks()
+        also = ["denoiser"] if processes.shards_weights else []
+        self._trainee = Trainee(networks, loss, adapter.penalty, also)
+        outside = list(self._parameters.values()) if type(adapter).penalty is not Adapter.penalty else []
+        self._engine = processes.engine(self._trainee, optimizer, adapter.phased, outside)
         if train.ema and optimizers.averages(optimizer):
             raise UserError(f"train.ema is set, but {train.optimizer.name} exports an average of its own")
-        self._ema = Ema(train.ema, self._parameters) if train.ema else None
+        with self._whole():
+            self._ema = Ema(train.ema, self._parameters) if train.ema else None
         self._watch: GradientWatch | None = None
         self._moved: frozenset[str] = frozenset()  # groups
         self._norms = NormGuard(_PATIENCE if self._engine.scales_loss else 1)
@@ -168,7 +181,8 @@ class Trainer:
         """
         self._updated = False
         torch.manual_seed(derive(self.recipe.seed, "update", self.step, len(self._losses), self.processes.rank))
-        losses = self._engine.forward(batch)
+        inputs = replace(batch, agree=self.processes.most) if self._engine.sharded else batch
+        losses = self._engine.forward(inputs)
         self._losses.append({name: value.detach() for name, value in losses.items()})
         self._ids.append(", ".join(batch.ids))
         self._count += len(batch)
@@ -183,18 +197,29 @@ class Trainer:
         """True once, right after each ``steps``-th update; never for None."""
         return steps is not None and self._updated and self.step % steps == 0
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the networks hold what would be exported: the average, where there is one, or the optimizer's."""
-        if self._ema:
-            return self._ema.swapped()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the networks hold what would be exported: the average, where there is one, or the optimizer's.
+
+        Every process must call it.
+        """
         optimizer = self._engine.optimizer
-        return optimizers.evaluated(optimizer) if optimizers.averages(optimizer) else nullcontext()
+        with self._engine.drawing():
+            if self._ema:
+                with self._ema.swapped():
+                    yield
+            elif optimizers.averages(optimizer):
+                with optimizers.evaluated(optimizer):
+                    yield
+            else:
+                yield
 
     def finish(self) -> list[Weights]:
         """The trained weights, those of each part of the adapter for itself.
 
         From here on the networks hold just these, in ``eval()``. Every process must call it.
         """
+        self._engine.release()
         if self._ema:
             self._ema.keep()
         elif optimizers.averages(self._engine.optimizer):
@@ -245,15 +270,18 @@ class Trainer:
         norm = float(self._engine.clip(list(self._parameters.values()), *limits))
         self._norms.check(norm, self.step + 1, self._ids)
         if self._watch:
-            self._watch.look()
+            self._watch.look(self._engine.reached)
         self._engine.step()
-        self.adapter.end_step(optimizers.rates(self._engine.optimizer))
+        rates = optimizers.rates(self._engine.optimizer)
+        with self._whole(change=True) if self.adapter.bounded else nullcontext():
+            self.adapter.end_step(rates)
         self.step += 1
         self._updated = True
         if self.step == 1:
             state_by_name(self._engine.optimizer, self._groups)  # what no checkpoint can hold is found out now
         if self._ema:
-            self._ema.update(self.step)
+            with self._whole():
+                self._ema.update(self.step)
         seconds = time.perf_counter() - self._began
         pace = self._count * self.processes.world / seconds
         memory = peak_memory(self.processes.device)
@@ -261,33 +289,30 @@ class Trainer:
         self.log.record(self.step, values | measured)
 
     def _rest(self) -> None:
-        """Drop the gradients of groups that rest: the optimizer passes over weights without one, decay included."""
+        """Leave groups that rest out of the update; and watch those that move for the first time."""
         resting = self.adapter.resting(self.step)
-        for group in self._groups:
-            if group.name in resting:
-                for parameter in group.parameters.values():
-                    parameter.grad = None
+        self._engine.rest(resting)
         moving = frozenset(group.name for group in self._groups) - resting
         if fresh := moving - self._moved:  # all at first, and those that a pivot wakes
             self._watch = GradientWatch([group for group in self._groups if group.name in fresh])
         self._moved |= moving
 
     def _save(self) -> None:
-        snapshot = Snapshot(
-            step=self.step,
-            trained={name: value.detach() for name, value in self._parameters.items()},
-            average=self._ema.state() if self._ema else {},
-            optimizer=state_by_name(self._engine.optimizer, self._groups),
-            facts={
-                "recipe": fingerprint(self.recipe),
-                "world": self.processes.world,
-                "samples_per_step": self._samples_per_step(),
-                "scaler": self._engine.scaler_state(),
-                "pictures": self._pictures,
-                "versions": versions(),
-            },
-        )
-        self.processes.on_main(lambda: checkpoint.save(self.folder.checkpoints, snapshot, self.recipe.checkpoint.keep))
+        facts = {
+            "recipe": fingerprint(self.recipe),
+            "world": self.processes.world,
+            "samples_per_step": self._samples_per_step(),
+            "scaler": self._engine.scaler_state(),
+            "pictures": self._pictures,
+            "versions": versions(),
+        }
+        average = self._ema.state() if self._ema else {}
+        memory = state_by_name(self._engine.optimizer, self._groups, self._engine.memory)
+        with self._whole():
+            trained = {name: value.detach() for name, value in self._parameters.items()}
+            saved = Snapshot(self.step, trained, average, memory, facts)
+            keep = self.recipe.checkpoint.keep
+            self.processes.on_main(lambda: checkpoint.save(self.folder.checkpoints, saved, keep))
 
     def _resume(self) -> None:
         if not self.recipe.checkpoint.resume:
@@ -297,10 +322,10 @@ class Trainer:
             return
         saved = checkpoint.load(path)
         self._require_fitting(saved)
-        with torch.no_grad():
+        with self._whole(change=True), torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(saved.trained[name])
-        load_state_by_name(self._engine.optimizer, self._groups, saved.optimizer)
+        load_state_by_name(self._engine.optimizer, self._groups, saved.optimizer, self._engine.remember)
         self._engine.load_scaler_state(saved.facts["scaler"])
         if self._ema:
             self._ema.load(saved.average)
@@ -317,7 +342,7 @@ class Trainer:
                 f"{self.folder.path} was trained with {facts['samples_per_step']} pictures a step, here it would be "
                 f"{here}: processes x train.batch_size x train.gradient_accumulation_steps must stay the same"
             )
-        if {name: value.shape for name, value in saved.trained.items()} != _shapes(self._parameters):
+        if {name: value.shape for name, value in saved.trained.items()} != self._shapes:
             raise UserError(f"{self.folder.path} holds a run that trains other weights than this recipe")
         then = facts["pictures"]
         if changed := sorted(i for i in then.keys() | self._pictures.keys() if then.get(i) != self._pictures.get(i)):
@@ -326,10 +351,9 @@ class Trainer:
                 f"{changed[0]!r}; put them back, or choose another output folder"
             )
 
+    def _whole(self, change: bool = False) -> AbstractContextManager[None]:
+        return self._engine.whole(list(self._parameters.values()), change)
+
     def _samples_per_step(self) -> int:
         train = self.recipe.train
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
-
-
-def _shapes(tensors: dict[str, nn.Parameter]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in tensors.items()}

@@ -22,7 +22,6 @@ WORDS = "{kind: embedding, tokens: [{token: <zib>}]}"
         ("{kind: hypernetwork}", "forge", "comfyui and a1111 do, and it reads kind: lora"),
         ("{kind: hypernetwork, activation: gelu}", "comfyui", "knows no activation 'gelu'; it knows elu, leakyrelu"),
         ("{kind: hypernetwork, activation: relu, layer_norm: true}", "comfyui", "with activate_output: true it reads"),
-        ("{kind: full}", "a1111", "kohya and invokeai do"),
         ("{kind: lora}", "a1111, a1111", "must name each tool once"),
         ("{kind: lora}", "automatic1111", "must be one of diffusers, comfyui, a1111, forge"),
     ],
@@ -53,6 +52,8 @@ def test_every_method_says_of_every_tool_what_it_reads() -> None:
     ]
     assert all(set(read) <= set(tools) and "diffusers" in read for read in READS.values())
     assert formats(["comfyui", "diffusers", "a1111"], "lora") == ("kohya", "diffusers")
+    assert formats(["comfyui", "diffusers", "a1111"], "full") == ("single-file", "diffusers")
+    assert formats(["comfyui", "diffusers"], "selection") == ("single-file", "delta")
 
 
 def test_the_lock_says_the_key_as_the_recipe_does(tmp_path: Path) -> None:

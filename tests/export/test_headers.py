@@ -53,13 +53,15 @@ def test_an_architecture_is_the_published_one_or_the_familys_own(
 def test_every_method_says_what_modelspec_requires(method: str, twins: Callable[[str], Path], tmp_path: Path) -> None:
     family, adapter, recipe = formats.made(twins("sd"), method)
     endings = {"embedding": "textual-inversion", "hypernetwork": "hypernetwork", "full": "delta", "selection": "delta"}
-    for _, weights, path in formats.written([part.weights() for part in adapter.parts()], family, recipe, tmp_path):
+    for layout, weights, path in formats.written(
+        [part.weights() for part in adapter.parts()], family, recipe, tmp_path
+    ):
         if path.suffix != ".safetensors":
             continue
         header = read_header(path)[1]
         assert not [key for key in REQUIRED if not header.get(f"modelspec.{key}")]
-        ending = endings.get(weights.kind, "lora")
-        assert header["modelspec.architecture"] == f"stable-diffusion-custom/{ending}"
+        ending = "" if layout == "single-file" else f"/{endings.get(weights.kind, 'lora')}"
+        assert header["modelspec.architecture"] == f"stable-diffusion-custom{ending}"
         assert header["modelspec.trigger_phrase"].startswith("<zib>")
         assert json.loads(header["finetune.lock"])["adapter"]["kind"] == recipe.adapter.kind
 

@@ -16,7 +16,8 @@ from finetune.adapters import attach
 from finetune.config.adapters import EmbeddingConfig
 from finetune.config.schema import ModelConfig
 from finetune.families import families, load_family
-from finetune.family import ModelFamily
+from finetune.families.single_file.layouts import layout_of
+from finetune.family import ModelFamily, writable
 from finetune.randomness import generator
 
 CAPTIONS = ["a large striped red star on grass", "a photo of a sksq star"]
@@ -210,3 +211,8 @@ def test_networks_are_frozen_and_quiet(family: ModelFamily) -> None:
     family.require("denoiser", "vae", *family.text_encoders)
     assert not any(parameter.requires_grad for parameter in family.networks.parameters())
     assert not any(module.training for network in family.networks.values() for module in network.modules())
+
+
+def test_a_family_says_whether_its_models_are_written_as_one_file(family: ModelFamily, folder: Path) -> None:
+    """So that a recipe is refused before anything is trained."""
+    assert bool(writable(("single-file",), family.export_names)) == (layout_of(folder) is not None)

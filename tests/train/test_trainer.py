@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from toy_run import ToyBatches, build, recipe
 
 from finetune.adapter import ParameterGroup
+from finetune.engine import Reached, came_of
 from finetune.errors import GuardError, UserError
 from finetune.train.guards import GradientWatch, NormGuard, require_one_home
 from finetune.train.trainer import Trainer
@@ -19,6 +21,10 @@ def run(trainer: Trainer, **options: Any) -> dict[str, Tensor]:
     for batch in trainer.steps(ToyBatches(trainer.recipe, trainer.processes, **options)):
         trainer.update(batch)
     return trainer.finish()[0].tensors
+
+
+def reached(parameters: Sequence[nn.Parameter]) -> list[Reached]:
+    return [came_of(parameter.grad) for parameter in parameters]
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
@@ -183,7 +189,7 @@ def test_a_tensor_outside_the_loss_is_named_in_the_first_step() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b")}
     gradients(parameters, {"a": 1.0, "b": None})
     with pytest.raises(GuardError, match="no gradient reaches b"):
-        GradientWatch([ParameterGroup("denoiser", parameters)]).look()
+        GradientWatch([ParameterGroup("denoiser", parameters)]).look(reached)
 
 
 def test_a_gradient_may_be_zero_once_and_not_twice() -> None:
@@ -191,10 +197,10 @@ def test_a_gradient_may_be_zero_once_and_not_twice() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b", "c")}
     watch = GradientWatch([ParameterGroup("denoiser", parameters)])
     gradients(parameters, {"a": 0.0, "b": 1.0, "c": 0.0})
-    watch.look()
+    watch.look(reached)
     gradients(parameters, {"a": 1.0, "b": 0.0, "c": 0.0})
     with pytest.raises(GuardError, match=r"gradient of c was zero in each of the first 2"):
-        watch.look()
+        watch.look(reached)
 
 
 def test_a_word_that_the_first_batches_do_not_hold_is_waited_for() -> None:
@@ -203,9 +209,9 @@ def test_a_word_that_the_first_batches_do_not_hold_is_waited_for() -> None:
     watch = GradientWatch([ParameterGroup("embedding", word, patience=4)])
     for _ in range(3):
         gradients(word, {"new": 0.0})
-        watch.look()
+        watch.look(reached)
     with pytest.raises(GuardError, match=r"gradient of new was zero in each of the first 4"):
-        watch.look()
+        watch.look(reached)
 
 
 def test_overflows_in_a_row_end_a_float16_run() -> None:

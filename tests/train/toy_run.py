@@ -124,12 +124,16 @@ def recipe(output: Path | str, **train: Any) -> Recipe:
     return Recipe.model_validate_json(json.dumps(values))
 
 
-def build(recipe: Recipe, dropout: float = 0.3, last_rate: float | None = None) -> tuple[Trainer, nn.ModuleDict]:
-    """A trainer, and its networks in the same random state every time."""
+def build(
+    recipe: Recipe, dropout: float = 0.3, last_rate: float | None = None, loose: bool = False
+) -> tuple[Trainer, nn.ModuleDict]:
+    """A trainer, and its networks in the same random state every time; with ``loose``, a weight outside the loss."""
     processes = start(recipe.train)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         networks = nn.ModuleDict({"denoiser": Denoiser(dropout)})
+        if loose:
+            networks["denoiser"].last.register_parameter("loose", nn.Parameter(torch.ones(3)))  # type: ignore[operator]
     adapter = ToyAdapter(networks, last_rate)
 
     def loss(batch: Batch) -> ToyLoss:
@@ -141,7 +145,9 @@ def build(recipe: Recipe, dropout: float = 0.3, last_rate: float | None = None) 
 
 
 def main(path: Path) -> None:
-    """Train. Options beside the recipe: seconds to ``pause`` in every step, ``signal_at`` [step, rank], ``nan_at``."""
+    """Train. Options beside the recipe: seconds to ``pause`` in every step, ``nan_at``, ``signal_at`` and ``raise_at``
+    [step, rank].
+    """
     options = json.loads(path.read_text())
     run = Recipe.model_validate_json(json.dumps(options["recipe"]))
     trainer, _ = build(run, dropout=options.get("dropout", 0.3))
@@ -150,6 +156,8 @@ def main(path: Path) -> None:
         time.sleep(options.get("pause", 0))
         if [trainer.step, trainer.processes.rank] == options.get("signal_at"):
             os.kill(os.getpid(), signal.SIGUSR1)
+        if [trainer.step, trainer.processes.rank] == options.get("raise_at"):
+            raise RuntimeError("out of coffee")
     weights = trainer.finish()
     if trainer.processes.is_main:
         from finetune.files import write_tensors

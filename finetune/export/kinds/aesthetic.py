@@ -18,7 +18,7 @@ from finetune.export.aesthetic import EMBEDDING, HEADER, load_aesthetic, read, r
 from finetune.export.base import load_base
 from finetune.export.checks import Report, quiet
 from finetune.export.kinds import Contents, wanted
-from finetune.export.metadata import OWN, locked
+from finetune.export.metadata import OWN, base_of, locked
 from finetune.export.pickles import write_pickle
 from finetune.export.read import Identity, identify, read_pickle
 from finetune.families.clip import encoder_digest
@@ -100,8 +100,7 @@ def _header(weights: Weights, family: ModelFamily, recipe: Recipe) -> dict[str, 
         "kind": "aesthetic",
         "layout": "diffusers",
         "family": family.name,
-        "base": recipe.model.path,
-        "revision": recipe.model.revision or "",
+        **base_of(recipe),
         "recipe": recipe.recipe,
         "lock": locked(recipe),
     }
