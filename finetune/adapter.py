@@ -90,6 +90,10 @@ class Adapter(Protocol):
         """Inside, the networks answer as they did before anything was trained."""
         ...
 
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """Frozen weights of the base that hold something else while this trains, by canonical name: what they were."""
+        return {}
+
     def parts(self) -> Sequence[Adapter]:
         """The adapters that this one is made of, each of which is exported for itself."""
         return (self,)
@@ -115,6 +119,10 @@ class Adapter(Protocol):
     def end_step(self, rates: Mapping[str, float]) -> None:
         """Called after each update, with the learning rate of each group: where weights are kept within bounds."""
         return
+
+    def bytes_beside(self) -> int:
+        """Bytes of tensors that are held beside the networks, such as weights of the base that others stand for."""
+        return 0
 
     def penalty(self) -> Tensor | None:
         """What is added to the loss for weights that went astray, a scalar with gradient; None where there is none."""

@@ -103,6 +103,7 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="That the run will be launched on.")] = 1,
+    profiles: Annotated[bool, typer.Option(help="Say what each memory profile would need.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe would do: pictures, steps, class images, memory, files. Loads no weights."""
@@ -116,7 +117,7 @@ def plan(
     resolved = read_recipe(recipe, overrides or [])  # before anything slow is imported
     from finetune import plan as plans
 
-    found = plans.plan(resolved, processes)
+    found = plans.plan(resolved, processes, profiles)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:
@@ -130,6 +131,7 @@ def sample(
     base: Base = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     strength: Annotated[float, typer.Option(help="How much a LoRA counts: 0 is the base, 1 what was trained.")] = 1.0,
+    negative: Annotated[str, typer.Option(help="What guidance leads away from.", show_default=False)] = "",
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float, typer.Option(min=0)] = 5.0,
@@ -139,6 +141,7 @@ def sample(
     prompt_chunks: Annotated[
         int | None, typer.Option(min=1, help="Times the text encoder's 77 tokens.", show_default="what the file says")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder, or a .png where one picture is drawn.")] = Path("samples"),
 ) -> None:
     """Draw with an exported adapter, loaded by diffusers as anybody would."""
@@ -157,6 +160,8 @@ def sample(
         count=count,
         resolution=resolution,
         prompt_chunks=prompt_chunks,
+        negative=negative,
+        held=adapters.held(dtype),
     )
     for number, picture in enumerate(pictures):
         alone = len(pictures) == 1 and out.suffix == ".png"
@@ -240,7 +245,9 @@ def evaluate(
 
 @app.command()
 def tokens(
-    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub name, or tinyworld.")] = "tinyworld",
+    model: Annotated[
+        str, typer.Argument(help="A diffusers folder, a hub name, tinyworld or tinyworld-flow.")
+    ] = "tinyworld",
     count: Annotated[int, typer.Option(min=1)] = 20,
 ) -> None:
     """Rare words for a new subject: one token each, hardly used, with the norm of what they mean so far."""
@@ -263,11 +270,27 @@ def models() -> None:
     from finetune.families.support import table
 
     typer.echo(table())
-    typer.echo(f"model.path: {EMBEDDED} is the small model that comes with the toolkit, of the family sd.")
+    typer.echo(f"model.path: {' and '.join(EMBEDDED)} come with the toolkit, small ones of the families sd and sd3.")
     typer.echo("Weights from elsewhere carry their own licence: read the model's card before you train or publish.")
 
 
-for verb in (adapters.convert, adapters.merge, adapters.extract, adapters.resize, adapters.prune):
+@app.command()
+def formats() -> None:
+    """Which files each method writes for each architecture, and which tools read them; takes some seconds."""
+    from finetune.formats import table
+
+    typer.echo(table(), nl=False)
+
+
+for verb in (
+    adapters.convert,
+    adapters.merge,
+    adapters.extract,
+    adapters.resize,
+    adapters.prune,
+    adapters.push,
+    adapters.demo,
+):
     app.command()(verb)
 app.add_typer(
     data.app, name="data", help="Pictures and captions before training: what is wrong, what the model will see."

@@ -1,11 +1,14 @@
-"""``finetune convert``, ``merge``, ``extract``, ``resize`` and ``prune``: adapters after training."""
+"""Adapters after training: ``finetune convert``, ``merge``, ``extract``, ``resize``, ``prune``, ``push``, ``demo``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from finetune.config.schema import ModelConfig
 
 File = Annotated[
     Path,
@@ -73,9 +76,13 @@ def merge(
     weights: Annotated[str | None, typer.Option(help="One for each file, with commas.", show_default="all 1")] = None,
     strength: Annotated[float, typer.Option(help="With --into: of the merged change.")] = 1.0,
     rank: Annotated[int | None, typer.Option(min=1, help="Of svd, ties, dare.", show_default="the largest")] = None,
-    density: Annotated[float, typer.Option(help="Of ties: share of numbers that is kept.")] = 0.2,
-    drop: Annotated[float, typer.Option(help="Of dare: probability that a number is dropped.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="Of dare.")] = 0,
+    density: Annotated[
+        float | None, typer.Option(help="Of ties: share of numbers that is kept.", show_default="0.2")
+    ] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="Of dare: probability that a number is dropped.", show_default="0.5")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of dare.", show_default="0")] = None,
     to: Layout = None,
     dtype: Dtype = None,
     base: Base = None,
@@ -85,7 +92,12 @@ def merge(
     from finetune.export.tools.merge_into import merge_into
     from finetune.export.tools.method import Method
 
-    asked = Method(method, _numbers(weights, len(files)), density, drop, seed)
+    dare = {"drop": drop, "seed": seed}
+    no_part = {"density": density} if method != "ties" else {}
+    no_part |= dare if not method.startswith("dare") else {}
+    _refuse({f"--{name}": value for name, value in no_part.items()}, f"has no part in --method {method}")
+    given = {name: value for name, value in {"density": density, **dare}.items() if value is not None}
+    asked = Method(method, _numbers(weights, len(files)), **given)  # type: ignore[arg-type]
     if into is not None:
         _refuse({"--rank": rank, "--to": to, "--base": base}, "is for merging adapters with each other, not --into")
         baked = merge_into(files, into, out, asked, strength=strength, dtype=dtype)
@@ -167,11 +179,88 @@ def prune(
     _judge(out, base)
 
 
+def push(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter file, a model folder or a run's folder.", show_default=False
+        ),
+    ],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.", show_default=False)],
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(help="New folder to write what would be uploaded to, and do no more.", show_default="upload"),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="For yourself alone.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.", show_default="main")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default="names of the files")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Identifier of the hub, 'openrail++'.", show_default="none")
+    ] = None,
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option(help="For the card; may be given several times.", show_default="the run's last previews"),
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Upload an adapter or a run to the Hugging Face hub, with a model card, in one commit."""
+    from finetune.publish.push import prepare, write
+    from finetune.publish.push import push as upload
+
+    made = prepare(adapter, repository, base=base, license=license, pictures=picture or ())
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+    if dry_run is not None:
+        for name in write(made, dry_run):
+            typer.echo(dry_run / name)
+        return
+    typer.echo(upload(made, private=private, revision=revision, message=message))
+
+
+def demo(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter file, a model folder or a run's folder.", show_default=False
+        ),
+    ],
+    base: Base = None,
+    strengths: Annotated[
+        str | None, typer.Option(help="Filled in, with commas.", show_default="0,0.5,1, or what the adapter has")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "float32",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page, on this machine alone.")] = 7860,
+) -> None:
+    """Open a page that draws a prompt at several strengths of an adapter, side by side. Needs finetune[demo]."""
+    from finetune.demo.page import gradio, page
+
+    gr = gradio()  # before anything slow is loaded
+    from finetune.demo.columns import Columns
+
+    page(gr, Columns(adapter, base, held=held(dtype)), strengths).launch(server_name="127.0.0.1", server_port=port)
+
+
+def held(dtype: str) -> ModelConfig:
+    """How a base is to lie in memory."""
+    from finetune.config.memory import DTYPES
+    from finetune.config.schema import ModelConfig
+    from finetune.errors import UserError, nearest
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is not known{nearest(dtype, DTYPES)}")
+    return ModelConfig(dtype=dtype)
+
+
 def _judge(path: Path, base: str | None) -> None:
     """Verify what was written, where its base is at hand; ends with 4 where a check fails."""
     from finetune.errors import UserError
+    from finetune.export.base import absence
+    from finetune.export.read import identify
     from finetune.export.verify import verify
 
+    if why := absence(identify(path), base):
+        typer.echo(f"{path}: written, not verified: {why}; name it with --base")
+        return
     try:
         found = verify(path, base)
     except UserError as error:

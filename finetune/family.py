@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
+from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.objective import Objective
 from finetune.objectives import Process
@@ -27,6 +28,18 @@ class Unsupported:
     """Stands where a site would be, and says why there is none."""
 
     reason: str
+
+
+def without_hypernetworks(readers: tuple[str, str] | Unsupported, denoiser: str) -> str | None:
+    """Why hypernetworks have no place in a model; None where they have.
+
+    Args:
+        readers: as in ``Sites``.
+        denoiser: what its pipeline calls it.
+    """
+    if isinstance(readers, Unsupported):
+        return readers.reason
+    return None if denoiser == "unet" else "hypernetworks are files for the layers of a U-Net, and it has none"
 
 
 @dataclass(frozen=True)
@@ -70,12 +83,13 @@ class Vocabulary:
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """Make ``tokens`` known to a tokenizer, and return their ids.
 
-    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them.
+    Where a tokenizer keeps spaces they take those before them with them: one would stand between all of them. They are
+    looked for before it makes letters of spaces.
     """
     from transformers import AddedToken
 
     keeps = bool(tokenizer(" ", add_special_tokens=False).input_ids)
-    tokenizer.add_tokens([AddedToken(token, lstrip=keeps) for token in tokens])
+    tokenizer.add_tokens([AddedToken(token, lstrip=keeps, normalized=not keeps) for token in tokens])
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
     return ids
 
@@ -114,7 +128,8 @@ class Sites:
     Attributes:
         linears: preset -> network -> regular expressions that must match a whole module path; for low-rank adapters.
         selections: preset -> network -> regular expressions searched in a parameter's name; for partial fine-tuning.
-        readers: endings of the denoiser's key and value layers that read the prompt; for hypernetworks.
+        readers: endings of the denoiser's key and value layers that read the prompt; for hypernetworks and Custom
+            Diffusion.
         vocabularies: tokenizers and their embedding tables; for textual inversion.
         shared_space: finds the space that the text encoder shares with pictures, given the name of its CLIP where the
             family cannot know it; for aesthetic embeddings.
@@ -153,13 +168,14 @@ class ExportNames:
     Attributes:
         diffusers: component in diffusers' LoRA files ("unet", "text_encoder").
         kohya: prefix in kohya's files ("lora_unet", "lora_te"), or "" where no layout of theirs is written for the
-            family.
+            family: ``finetune.originals.tables`` says why.
         missing_level: a level that other tools expect in front of every path and that the installed transformers has
             dropped ("text_model."), or "".
         words: what files of new words call a text encoder's rows in a model with several: "clip_l", "clip_g", "t5xxl".
         places: where kohya's files have layers that they do not call as diffusers does, a table of
             ``finetune.originals``; empty where the names are diffusers' own.
         unread_by: tools that read no file of kohya's naming that is for this network, though they do for others.
+        single_file: of a denoiser, whether its model is written as one file (``finetune.export.single_file``).
     """
 
     diffusers: str
@@ -168,29 +184,34 @@ class ExportNames:
     words: str = ""
     places: Places = field(default_factory=dict)
     unread_by: tuple[str, ...] = ()
+    single_file: bool = False
 
 
 @dataclass(frozen=True)
 class Published:
-    """What headers of adapter files call the models that they are for, where a family's is one of the published sizes.
+    """What headers of adapter files call the models that they are for.
 
     Attributes:
-        architecture: ModelSpec's: "stable-diffusion-xl-v1-base".
+        architecture: ModelSpec's: "stable-diffusion-xl-v1-base"; of a size that was never published the family's with
+            "-custom" behind it.
         version: kohya's ``ss_base_model_version``: "sdxl_base_v1-0", or "".
         shelf: under which A1111 and Forge list it: "SDXL".
+        code: ModelSpec's implementation, whose names layers have in files of kohya's layout.
     """
 
     architecture: str = "stable-diffusion-custom"
     version: str = ""
     shelf: str = "Other"
+    code: str = "diffusers"
 
 
 def writable(layouts: Sequence[str], names: Mapping[str, ExportNames]) -> tuple[str, ...]:
-    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them, and no
-    bundle where A1111, its only reader, has no such model.
+    """Those of ``layouts`` that a family of these names has: without kohya's names none that is made of them, no bundle
+    where A1111, its only reader, has no such model, and no single file where none is known.
     """
     called = names["denoiser"]
     lacking = {*(() if called.kohya else KOHYA), *(("bundle",) if "a1111" in called.unread_by else ())}
+    lacking |= set() if called.single_file else {"single-file"}
     return tuple(layout for layout in layouts if layout not in lacking)
 
 
@@ -199,7 +220,7 @@ class ModelFamily(Protocol):
 
     Parts are loaded by ``require`` and freed by ``release`` so that not all of them need be in memory at once. Every
     network is frozen and in ``eval()`` when loaded; a method unfreezes or adds what it trains, always inside
-    ``networks``.
+    ``networks``. The denoiser takes and answers float32 whatever its dtype.
     """
 
     name: ClassVar[str]
@@ -218,11 +239,20 @@ class ModelFamily(Protocol):
     source: str  # what a recipe's model.path calls the model
     folder: Path  # where its files are on this machine; diffusers pipelines load from it
     device: torch.device  # where required networks are put; the CPU unless it is set
+    model: ModelConfig  # how networks lie in memory; nothing special unless it is set
     guidance: float | None  # what a guidance-distilled denoiser is told in training; None where it is told nothing
     prompt_chunks: int  # how often over a prompt may fill what a text encoder reads at a time; 1 unless it is set
 
     def require(self, *networks: str) -> None:
         """Load the named networks where they are not in memory."""
+        ...
+
+    def hold(self, network: str, module: nn.Module) -> nn.Module:
+        """Change a network that was read, or its skeleton, to lie in memory as ``model`` says."""
+        ...
+
+    def blocks_of(self, module: nn.Module) -> Mapping[str, nn.Module]:
+        """The blocks of a network that hold most of its weights, by name; what is packed or swapped is in them."""
         ...
 
     def release(self, *networks: str) -> None:
@@ -233,8 +263,17 @@ class ModelFamily(Protocol):
         """Another copy of a network as it is on disk: on the CPU, frozen, in ``eval()``, not in ``networks``."""
         ...
 
+    def twin(self, originals: Mapping[str, Tensor]) -> ModelFamily:
+        """The same model by itself, as if it had just been loaded: without what methods have added to its networks and
+        tokenizers. It shares the weights that are in memory; nobody may write into those.
+
+        Args:
+            originals: canonical name -> what the base has in place of a weight in memory.
+        """
+        ...
+
     def fingerprint(self, *networks: str) -> str:
-        """Hex digest of the named networks' weights and settings as on disk; changes when any of them does."""
+        """Hex digest of the named networks' weights and settings as on disk, and of what ``model`` changes of them."""
         ...
 
     def encode_image(self, pixels: Tensor) -> Posterior:

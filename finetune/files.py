@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial-"
+DTYPES: Mapping[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+}
+"""Types of numbers in safetensors files -> torch's names, in the order in which the format's library aligns them."""
 
 
 @contextmanager
@@ -84,6 +99,58 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             written.chmod(temporary.stat().st_mode)
             written.replace(temporary)
         _sort_metadata(temporary)
+
+
+def stream_tensors(
+    path: Path, blanks: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """As ``write_tensors``, with one tensor in memory at a time: what the library cannot do.
+
+    Args:
+        blanks: a tensor of every name with its dtype and shape, most easily on the meta device.
+        read: gives the tensor of a name.
+    """
+    codes = {f"torch.{name}": code for code, name in DTYPES.items()}
+    entries = {
+        name: (codes[str(blank.dtype)], list(blank.shape), blank.numel() * blank.element_size())
+        for name, blank in blanks.items()
+    }
+    header, names = tensors_header(entries, metadata)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in names:
+            tensor = read(name).detach().cpu()
+            if (tensor.dtype, tensor.shape) != (blanks[name].dtype, blanks[name].shape):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not what was promised")
+            file.write(tensor_bytes(tensor))
+
+
+def tensors_header(
+    entries: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """What stands before the tensors in a safetensors file, and their order: wider types first, so all are aligned.
+
+    Args:
+        entries: by name, the dtype as ``DTYPES`` calls it, the shape, and how many bytes there are.
+    """
+    widths = {code: place for place, code in enumerate(DTYPES)}
+    names = sorted(entries, key=lambda name: (-widths[entries[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
+    for name in names:
+        code, shape, size = entries[name]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """A tensor on the CPU as the format has it."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(path: Path) -> str:

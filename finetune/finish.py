@@ -16,14 +16,16 @@ import psutil
 from finetune import evaluation
 from finetune.adapter import Weights
 from finetune.config import Recipe, lock
+from finetune.config.schema import ModelConfig
 from finetune.data import Batches, Concept, Picture, wording
 from finetune.data.places import Place
 from finetune.distributed import Processes
 from finetune.evaluation import Answers, Captioned, Command, Evaluation, ExportedFile, Questions, ReportData, Taught
 from finetune.evaluation.machine import machine, versions
-from finetune.export import Identity, Verification, export, identify, pieces, verify
+from finetune.export import Verification, export, identify, pieces, usage, verify
+from finetune.export.cover import put_cover
 from finetune.export.sample import adapted
-from finetune.families import load_family
+from finetune.families import EMBEDDED, families, load_family, model_folder
 from finetune.family import ModelFamily
 from finetune.sampling import draw
 from finetune.train import RunFolder, Trainer
@@ -61,7 +63,9 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
         GuardError: nothing was learned, or a written file does not read back as what was trained.
     """
     recipe, processes, folder = trainer.recipe, trainer.processes, trainer.folder
-    verified = write(trainer.finish(), family, recipe, processes, folder.adapters)
+    pictures = sorted(folder.samples.glob("step-*/0-0.png"))
+    cover = pictures[-1] if pictures else None
+    verified = write(trainer.finish(), family, recipe, processes, folder.adapters, cover)
     if recipe.report.enabled:
         family.release(*list(family.networks))  # the base and the exported file are loaded anew
         prompts = recipe.samples.prompts or batches.example_prompts
@@ -70,16 +74,30 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
 
 
 def write(
-    weights: Sequence[Weights], family: ModelFamily, recipe: Recipe, processes: Processes, folder: Path
+    weights: Sequence[Weights],
+    family: ModelFamily,
+    recipe: Recipe,
+    processes: Processes,
+    folder: Path,
+    cover: Path | None = None,
 ) -> list[Verification]:
     """Export into ``folder``, load every file again and compare. Every process must call it.
+
+    Args:
+        cover: a picture of what was learned, which adapters carry with them.
 
     Raises:
         GuardError: nothing was learned, or a written file does not read back as what was trained.
     """
-    verified = processes.on_main(
-        lambda: [verify(path, weights=one) for one in weights for path in export(one, family, recipe, folder)]
-    )
+
+    def written(one: Weights) -> list[Verification]:
+        paths = export(one, family, recipe, folder)
+        if cover:
+            for path in paths:
+                put_cover(path, _open(cover))
+        return [verify(path, weights=one) for path in paths]
+
+    verified = processes.on_main(lambda: [found for one in weights for found in written(one)])
     for one in verified:
         processes.say(str(one))
         one.require()
@@ -98,7 +116,8 @@ def report(
     base.release(*list(base.networks))
     file = verified[0].path
     source = None if identify(file).whole else recipe.model.path
-    trained = adapted(folder.adapters, source, device=processes.device, prompt_chunks=recipe.model.prompt_chunks)
+    chunks = recipe.model.prompt_chunks
+    trained = adapted(folder.adapters, source, device=processes.device, prompt_chunks=chunks, held=recipe.model)
     after = _ask(asked, trained, recipe, processes)
     if not processes.is_main:
         return
@@ -119,7 +138,7 @@ def report(
         metrics=metrics,
         snapshots=_snapshots(folder.samples, shown.prompts),
         exported=[_exported(one, folder.path) for one in verified],
-        commands=_commands(recipe, verified, asked),
+        commands=_commands(recipe, families()[base.name].pipelines[0], verified, asked),
         recipe=lock(recipe),
         facts={**machine(), **versions(), "processes": processes.describe()},
         notes=shown.notes,
@@ -137,7 +156,7 @@ def report(
 
 def _taught(recipe: Recipe) -> list[Taught | None]:
     """What each concept is of the embedded world; all None for another model."""
-    shipped = recipe.model.path == "tinyworld"
+    shipped = recipe.model.path in EMBEDDED
     return [Taught.of(concept) if shipped else None for concept in recipe.data.concepts]
 
 
@@ -223,20 +242,12 @@ def _exported(one: Verification, run: Path) -> ExportedFile:
     return ExportedFile(str(one.path.relative_to(run)), found.layout, size, checks)
 
 
-def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions) -> list[Command]:
+def _commands(recipe: Recipe, kind: str, verified: Sequence[Verification], asked: Questions) -> list[Command]:
     path = verified[0].path
     prompt = asked.scenes[0][0] if asked.scenes else asked.instance
-    base = recipe.model.path
-    if base == "tinyworld":
-        loading = "from finetune.tinyworld import BASE\n\npipeline = StableDiffusionPipeline.from_pretrained(BASE)"
-    else:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({base!r})"
     used = pieces(path.parent)
-    if used[0].whole:
-        loading = f"\npipeline = StableDiffusionPipeline.from_pretrained({str(used[0].path)!r})"
-    lines = [_loading(one) for one in used if not one.whole]
-    own = "import finetune\n" if any(line.startswith("finetune.") for line in lines) else ""
-    loading = "\n".join([own + loading, *lines])
+    model = str(used[0].path) if used[0].whole else recipe.model.path
+    code = "\n".join([_pipeline(model, kind, recipe), *(usage.loading(one) for one in used if not one.whole)])
     what = path if len(used) == 1 else path.parent
     chunks = recipe.model.prompt_chunks
     long = f" --prompt-chunks {chunks}" if used[0].whole and chunks > 1 else ""
@@ -244,24 +255,23 @@ def _commands(recipe: Recipe, verified: Sequence[Verification], asked: Questions
         Command("draw with it", f'finetune sample {what} --prompt "{prompt}" --seed 0{long}'),
         Command(
             "in diffusers",
-            f"from diffusers import StableDiffusionPipeline\n{loading}\npipeline({prompt!r}).images[0].save('out.png')",
+            f"{usage.imports(code)}\n{code}\npipeline({prompt!r}).images[0].save('out.png')",
         ),
         Command("check it again", f"finetune verify {path}"),
     ]
 
 
-def _loading(one: Identity) -> str:
-    """The line that puts a file into a diffusers pipeline."""
-    loaders = {
-        "full": "finetune.load_delta",
-        "aesthetic": "finetune.load_aesthetic",
-        "hypernetwork": "finetune.load_hypernetwork",
-        "lycoris": "finetune.load_lycoris",
-    }
-    if one.kind in loaders or one.layout == "difference":
-        return f"{loaders.get(one.kind, 'finetune.load_lycoris')}(pipeline, {str(one.path)!r})"
-    load = "load_textual_inversion" if one.kind == "embedding" else "load_lora_weights"
-    return f"pipeline.{load}({str(one.path)!r})"
+def _pipeline(model: str, kind: str, recipe: Recipe) -> str:
+    """How diffusers loads a model: a single file with the settings of a model that it is like.
+
+    Args:
+        kind: of its pipelines.
+    """
+    if not Path(model).is_file():
+        return usage.pipeline(model)
+    base = recipe.model.path
+    like = recipe.model.like or ("" if Path(base).is_file() else base)
+    return usage.single_file(repr(model), kind, str(model_folder(ModelConfig(path=like))) if like in EMBEDDED else like)
 
 
 def _figures(one: Evaluation) -> str:

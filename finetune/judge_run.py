@@ -38,7 +38,7 @@ def judge_run(path: Path) -> Evaluation:
     untouched = load_family(recipe.model)
     before = ask(questions, lambda prompts, count: _draw(untouched, recipe, prompts, count))
     base = None if pieces(folder.path)[0].whole else recipe.model.path
-    trained = adapted(folder.path, base, prompt_chunks=recipe.model.prompt_chunks)
+    trained = adapted(folder.path, base, prompt_chunks=recipe.model.prompt_chunks, held=recipe.model)
     after = ask(questions, lambda prompts, count: _draw(trained, recipe, prompts, count))
     found = taught.evaluate(questions, before, after)
     found.write(folder.path)

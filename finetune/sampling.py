@@ -26,6 +26,7 @@ def draw(
     seed: int,
     processes: Processes | None = None,
     resolution: int | None = None,
+    negative: str = "",
 ) -> list[Image.Image]:
     """Draw ``per_prompt`` pictures of each prompt, in that order, on every process.
 
@@ -36,16 +37,18 @@ def draw(
 
     Args:
         resolution: side in pixels; the model's own where it is not set.
+        negative: what guidance leads away from.
 
     Raises:
-        UserError: ``sampler.scheduler`` is no scheduler of diffusers that fits the model.
+        UserError: ``sampler.scheduler`` is no scheduler of diffusers that fits the model, or there is no guidance away
+            from a negative prompt.
     """
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     wanted = [(prompt, number, copy) for number, prompt in enumerate(prompts) for copy in range(per_prompt)]
     with inference(family) as pipeline:
         if sampler.scheduler:
             pipeline.scheduler = change_scheduler(pipeline.scheduler, sampler.scheduler)
-        settings = arguments(family, pipeline, sampler)
+        settings = arguments(family, pipeline, sampler) | away_from(negative, family, pipeline, sampler)
         mine = {
             index: one(pipeline, prompt, settings, generator(seed, "sample", number, copy), resolution)
             for index, (prompt, number, copy) in enumerate(wanted)
@@ -60,13 +63,8 @@ def one(
     pipeline: Any, prompt: str, settings: Mapping[str, Any], rng: torch.Generator, resolution: int | None = None
 ) -> Image.Image:
     """One picture, drawn by diffusers' own pipeline; ``settings`` as of ``arguments``."""
-    picture: Image.Image = pipeline(
-        prompt=prompt,
-        **settings,
-        generator=rng,
-        height=resolution,
-        width=resolution,
-    ).images[0]
+    size = {} if resolution is None else {"height": resolution, "width": resolution}  # not all know what None is
+    picture: Image.Image = pipeline(prompt=prompt, **settings, generator=rng, **size).images[0]
     return picture
 
 
@@ -80,6 +78,22 @@ def arguments(family: ModelFamily, pipeline: Any, sampler: SamplerConfig, prompt
     if rescale and "guidance_rescale" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"guidance_rescale: {type(pipeline).__name__} has none; leave it at 0")
     return {"num_inference_steps": sampler.steps, **family.guided(sampler.guidance, prompts), **rescale}
+
+
+def away_from(negative: str, family: ModelFamily, pipeline: Any, sampler: SamplerConfig) -> dict[str, Any]:
+    """A negative prompt as the pipeline of ``family`` calls it; nothing for an empty one.
+
+    Raises:
+        UserError: it would change nothing, because the pipeline knows none or does not guide.
+    """
+    if not negative:
+        return {}
+    known, told = inspect.signature(pipeline.__call__).parameters, family.guided(sampler.guidance)
+    if "negative_prompt" not in known or ("true_cfg_scale" in known and "true_cfg_scale" not in told):
+        raise UserError(f"negative prompt: {type(pipeline).__name__} is not guided away from anything; leave it empty")
+    if sampler.guidance <= 1:
+        raise UserError(f"negative prompt: needs guidance above 1, not {sampler.guidance:g}")
+    return {"negative_prompt": negative}
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from finetune.denoise import PriorLoss, denoising_error, mixed_loss, pairwise_lo
 from finetune.distributed import start
 from finetune.families import load_family
 from finetune.finish import finish
-from finetune.train import Trainer, check_run, preview
+from finetune.preview import preview
+from finetune.train import Trainer, check_run
 
 
 def main(recipe: Recipe) -> None:

@@ -25,7 +25,8 @@ from finetune.denoise import PriorLoss, training_loss
 from finetune.distributed import start
 from finetune.families import load_family
 from finetune.finish import finish
-from finetune.train import Trainer, check_run, preview
+from finetune.preview import preview
+from finetune.train import Trainer, check_run
 
 
 def main(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from finetune.files import (
     replacing,
     replacing_folder,
     sha256,
+    stream_tensors,
     write_json,
     write_tensors,
     write_text,
@@ -102,6 +103,35 @@ def test_tensors_come_back_and_equal_content_is_equal_bytes(tmp_path: Path) -> N
     with safe_open(tmp_path / "one", "pt") as file:
         assert file.metadata() == {"format": "pt", **metadata}
     assert sha256(tmp_path / "one") == sha256(tmp_path / "two")
+
+
+def test_a_stream_of_tensors_is_the_file_that_the_library_writes(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.arange(6.0).view(2, 3).T,
+        "a": torch.tensor(2.0, dtype=torch.bfloat16),
+        "c": torch.zeros(0),
+        "d": torch.ones(3, dtype=torch.float16),
+    }
+    metadata = {"key": "ä"}
+    write_tensors(tmp_path / "one", tensors, metadata)
+    asked: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        asked.append(name)
+        return tensors[name]
+
+    blanks = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    stream_tensors(tmp_path / "two", blanks, read, metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert sorted(asked) == sorted(tensors), "each is read once"
+    back = load_file(tmp_path / "two")
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_stream_that_breaks_its_promise_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not what was promised"):
+        stream_tensors(tmp_path / "a", {"x": torch.zeros(2)}, lambda _: torch.zeros(3))
+    assert not list(tmp_path.iterdir())
 
 
 def test_sha256_is_the_usual_one(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ALLOWED = {
     "batch": set(),
     "objective": {"randomness"},
     "originals": set(),
-    "family": {"batch", "objective", "objectives", "originals", "errors"},
+    "family": {"batch", "config", "objective", "objectives", "originals", "errors"},
     "adapter": set(),
     "objectives": {"objective", "config", "errors", "randomness"},
     "denoise": {"adapter", "batch", "family", "objective", "config"},
@@ -43,6 +43,10 @@ ALLOWED = {
     # what puts the parts together
     "plan": {*BORDERS, "aesthetic", "config", "data", "families", "adapters", "train", "export", *BOTTOM},
     "finish": {*BORDERS, "config", "data", "families", "train", "export", "evaluation", "sampling", "distributed"},
+    "formats": {"adapter", "family", "families", "adapters", "config", "export", "errors", "randomness"},
+    "preview": {"adapter", "family", "export", "files", "sampling", "train"},
+    "demo": {"config", "export", "family", "sampling", *BOTTOM},
+    "publish": {"config", "export", "families", "train", *BOTTOM},
     "judge_run": {"family", "config", "families", "train", "export", "evaluation", "sampling", "errors"},
 }
 COMMANDS = {

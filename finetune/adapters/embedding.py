@@ -30,7 +30,7 @@ class Extended(nn.Embedding):
     """An embedding table with new rows behind it that are a parameter of their own.
 
     The table's own parameter stays what and where it was, so that optimizer state, gradients and checkpoints are of
-    the new rows' size.
+    the new rows' size. Where a table scales what it holds, as Gemma's does, new rows are scaled too.
 
     Attributes:
         new: float32 [n, D], the rows of tokens ``first`` to ``first + n - 1``.
@@ -45,6 +45,7 @@ class Extended(nn.Embedding):
 
     new: nn.Parameter
     start: Tensor
+    embed_scale: Tensor | None
 
     def __init__(self, table: nn.Embedding, first: int, start: Tensor) -> None:
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight, _freeze=True)
@@ -53,13 +54,15 @@ class Extended(nn.Embedding):
         self.untouched = False
         self.new = nn.Parameter(start.clone())
         self.register_buffer("start", start, persistent=False)
+        self.register_buffer("embed_scale", getattr(table, "embed_scale", None), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of ``ids`` (long [...]) in the table's dtype, [..., D]."""
         rows = self.start if self.untouched else self.new
         known = super().forward(ids.clamp(max=self.first - 1))
         new = F.embedding((ids - self.first).clamp(min=0), rows).to(known.dtype)
-        return torch.where((ids >= self.first)[..., None], new, known)
+        found = torch.where((ids >= self.first)[..., None], new, known)
+        return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
 
 
 class Embedding(Adapter):

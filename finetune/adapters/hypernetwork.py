@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.adapter import Adapter, ParameterGroup, Weights
 from finetune.config.adapters import HypernetworkConfig
 from finetune.errors import UserError
-from finetune.family import ModelFamily, Unsupported
+from finetune.family import ModelFamily, without_hypernetworks
 from finetune.hypernet import Hypernetwork, Structure, attach, initialise, widths
 
 NETWORK = "hypernetwork"
@@ -30,8 +30,8 @@ class Hypernetworks(Adapter):
     kind: ClassVar[str] = "hypernetwork"
 
     def __init__(self, config: HypernetworkConfig, family: ModelFamily, seed: int) -> None:
-        if isinstance(family.sites.readers, Unsupported):
-            raise UserError(f"adapter.kind: hypernetwork has no place in {family.name}: {family.sites.readers.reason}")
+        if why := without_hypernetworks(family.sites.readers, family.components["denoiser"]):
+            raise UserError(f"adapter.kind: hypernetwork has no place in {family.name}: {why}")
         self.config = config
         family.require("denoiser")
         family.networks.requires_grad_(False)

@@ -168,6 +168,10 @@ class Lora(Injected):
         with super().disabled(), self._residual(0.0):
             yield
 
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """What PiSSA's residuals stand in place of."""
+        return {f"{name}.weight": found.original for name, found in self._principal.items()}
+
     @contextmanager
     def scaled(self, strength: float) -> Iterator[None]:
         """Inside, every change counts ``strength`` times: 0 is the base, 1 what was trained.
@@ -222,6 +226,11 @@ class Lora(Injected):
             if ratio < 1.0:
                 down *= math.sqrt(ratio)
                 up *= math.sqrt(ratio)
+
+    def bytes_beside(self) -> int:
+        """With PiSSA what every layer was, and what its factors began as."""
+        kept = (part for one in self._principal.values() for part in (one.original, one.down, one.up))
+        return sum(part.nbytes for part in kept)
 
     def _alpha(self, rank: int) -> float:
         """Alpha of a layer of some rank, so that ``alpha / rank`` is the same for all."""

@@ -104,6 +104,10 @@ class Pivotal(Adapter):
             finally:
                 self._memo.untouched = False
 
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """As the layers say; words stand behind the table."""
+        return self.layers.set_aside()
+
     def parts(self) -> Sequence[Adapter]:
         """The layers, the words, and both together for files that bundle them."""
         return (self.layers, self.words, self)
@@ -148,6 +152,10 @@ class Pivotal(Adapter):
             self.words.end_step(rates)
         if not {group.name for group in self.layers.groups()} & resting:
             self.layers.end_step(rates)
+
+    def bytes_beside(self) -> int:
+        """Those of the layers."""
+        return self.layers.bytes_beside()
 
     def penalty(self) -> Tensor | None:
         """That of the words, while they move."""

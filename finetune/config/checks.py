@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from finetune.config import buckets, objective, optimizer_checks, origin, pivotal, schedule, wording
+from finetune.config import buckets, memory, objective, optimizer_checks, origin, pivotal, schedule, tools, wording
 from finetune.config.adapters import (
     AdapterConfig,
     AestheticConfig,
@@ -15,6 +15,7 @@ from finetune.config.adapters import (
     HypernetworkConfig,
     InjectedConfig,
     LoraConfig,
+    OftConfig,
     PivotalConfig,
     new_words,
 )
@@ -35,11 +36,11 @@ FORMATS = {  # kind of adapter -> layouts that its files can have
     "lokr": ("peft", "kohya"),
     "loha": ("peft", "kohya"),
     "oft": ("peft",),
-    "full": ("diffusers", "delta"),
+    "full": ("diffusers", "delta", "single-file"),
     "embedding": ("diffusers", "a1111"),
     "hypernetwork": ("diffusers", "a1111"),
     "aesthetic": ("diffusers", "a1111"),
-    "pivotal": ("diffusers", "kohya", "a1111", "bundle", "delta"),
+    "pivotal": ("diffusers", "kohya", "a1111", "bundle", "delta", "single-file"),
 }
 
 
@@ -53,11 +54,12 @@ class Contradiction(NamedTuple):
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Everything in ``recipe`` that cannot be meant."""
     yield from _concepts(recipe)
-    for section in (origin, buckets, wording, objective):
+    for section in (origin, buckets, wording, objective, memory):
         yield from (Contradiction(*found) for found in section.contradictions(recipe))
     yield from _prior(recipe)
     yield from _adapter(recipe)
     yield from _train(recipe)
+    yield from _samples(recipe)
     yield from _outputs(recipe)
 
 
@@ -180,8 +182,14 @@ def _aesthetic(recipe: Recipe, adapter: AestheticConfig) -> Iterator[Contradicti
         yield Contradiction(("report", "prompts"), "is empty: an aesthetic embedding is shown on prompts of yours")
     if adapter.bake_prompts and not adapter.steps:
         yield Contradiction(("adapter", "bake_prompts"), "is set, but steps is 0, so that nothing would change")
-    if adapter.bake_prompts and not set(recipe.export.formats or ["diffusers"]) & set(FORMATS["lora"]):
+    if adapter.bake_prompts and not set(_baked(recipe)) & set(FORMATS["lora"]):
         yield Contradiction(("adapter", "bake_prompts"), "makes a LoRA; export.formats must hold diffusers or kohya")
+
+
+def _baked(recipe: Recipe) -> Sequence[str]:
+    """The formats of the LoRA that an aesthetic embedding is baked into."""
+    chosen = recipe.export.tools
+    return tools.formats(chosen, "lora") if chosen else recipe.export.formats or ["diffusers"]
 
 
 def _weights(at: tuple[str, ...], adapter: AdapterConfig) -> Iterator[Contradiction]:
@@ -248,10 +256,24 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction(("train", "mixed_precision"), "must be no or bf16 on the CPU, which cannot train in fp16")
 
 
+def _samples(recipe: Recipe) -> Iterator[Contradiction]:
+    adapter = recipe.adapter.weights if isinstance(recipe.adapter, PivotalConfig) else recipe.adapter
+    if recipe.samples.strength != 1.0 and isinstance(adapter, FullConfig | EmbeddingConfig | OftConfig):
+        what = {"full": "whole weights", "embedding": "words", "oft": "rotations"}[adapter.kind]
+        yield Contradiction(("samples", "strength"), f"must be 1: {what} are drawn with or not")
+
+
 def _outputs(recipe: Recipe) -> Iterator[Contradiction]:
     formats = recipe.export.formats or []
     if len(set(formats)) < len(formats):
         yield Contradiction(("export", "formats"), f"must name each format once, not {', '.join(formats)}")
+    chosen = recipe.export.tools or []
+    if formats and chosen:
+        yield Contradiction(("export", "for"), "names tools, and formats names layouts; only one of them can choose")
+    if len(set(chosen)) < len(chosen):
+        yield Contradiction(("export", "for"), f"must name each tool once, not {', '.join(chosen)}")
+    for place, text in tools.objections(chosen, recipe.adapter):
+        yield Contradiction(("export", "for", place), text)
     known = FORMATS[recipe.adapter.kind]
     if formats and not set(formats) & set(known):
         yield Contradiction(

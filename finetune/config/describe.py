@@ -14,7 +14,7 @@ from pydantic import Tag
 from pydantic.fields import FieldInfo
 
 from finetune.config.schema import Recipe
-from finetune.config.section import Section
+from finetune.config.section import Section, fields
 
 _NOUN = re.compile(r"^an? (.*?)(integer|number)")  # of "a positive integer", "a number from 0 to below 1"
 
@@ -38,7 +38,7 @@ class Listed:
 def sections(section: type[Section] = Recipe, path: str = "", repeated: bool = False) -> Iterator[Listed]:
     """Every section of a recipe, from the top down, in the order of the schema."""
     yield Listed(path, kind_of(section), section, repeated)
-    for name, field in section.model_fields.items():
+    for name, field in fields(section).items():
         inner = element(field.annotation)
         for option in options(inner or field.annotation):
             if is_section(option):
@@ -47,7 +47,7 @@ def sections(section: type[Section] = Recipe, path: str = "", repeated: bool = F
 
 def owners(key: str) -> list[Listed]:
     """The sections that have ``key``."""
-    return [listed for listed in _every_section() if key in listed.section.model_fields]
+    return [listed for listed in _every_section() if key in fields(listed.section)]
 
 
 def kinds(annotation: Any) -> dict[str, type[Section]]:
@@ -77,7 +77,8 @@ def options(annotation: Any) -> list[Any]:
     """The members of a union without None; the annotation itself where it is no union."""
     annotation, metadata = _bare(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
-        return [_untagged(option) for option in get_args(annotation) if option is not types.NoneType]
+        members = [option for option in get_args(annotation) if option is not types.NoneType]
+        return options(members[0]) if len(members) == 1 else [_untagged(option) for option in members]
     return [Annotated[annotation, *metadata] if metadata else annotation]
 
 

@@ -32,6 +32,7 @@ class LogitNormalConfig(Section):
     mean: float = 0.0
     """Positive for more noise; the opposite sign of diffusers' `logit_mean`."""
     std: PositiveFloat = 1.0
+    """How far times spread: below 1 nearer to the middle."""
 
 
 class ModeConfig(Section):
@@ -39,6 +40,7 @@ class ModeConfig(Section):
 
     kind: Literal["mode"]
     scale: Annotated[float, Field(ge=-1.0, le=1.75)] = 1.29
+    """How much they do."""
 
 
 class StaticShiftConfig(Section):
@@ -46,6 +48,7 @@ class StaticShiftConfig(Section):
 
     kind: Literal["static"]
     factor: PositiveFloat = 3.0
+    """Above 1 for more noise."""
 
 
 class DynamicShiftConfig(Section):
@@ -57,7 +60,9 @@ class DynamicShiftConfig(Section):
     max_shift: float = 1.15
     """mu at `max_image_seq_len`."""
     base_image_seq_len: PositiveInt = 256
+    """Image tokens of a small picture."""
     max_image_seq_len: PositiveInt = 4096
+    """Image tokens of a large one."""
 
 
 class ModelShiftConfig(Section):

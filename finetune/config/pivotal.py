@@ -11,7 +11,7 @@ Found = tuple[tuple[str | int, ...], str]
 """A key, and the rest of a sentence that begins with it."""
 
 AT = ("adapter",)
-WORDS, LORA, FULL = {"diffusers", "a1111"}, {"diffusers", "kohya"}, {"diffusers", "delta"}
+WORDS, LORA, FULL = {"diffusers", "a1111"}, {"diffusers", "kohya"}, {"diffusers", "delta", "single-file"}
 
 
 def contradictions(recipe: Recipe, adapter: PivotalConfig) -> Iterator[Found]:
@@ -50,10 +50,10 @@ def _formats(recipe: Recipe, adapter: PivotalConfig) -> Iterator[Found]:
     if not asked & WORDS and not whole:
         yield at, "must hold diffusers or a1111 for the words"
     if not asked & (LORA if isinstance(weights, LoraConfig) else FULL) and not whole:
-        names = "diffusers, kohya or bundle" if isinstance(weights, LoraConfig) else "delta or diffusers"
+        names = "diffusers, kohya or bundle" if isinstance(weights, LoraConfig) else "delta, diffusers or single-file"
         yield at, f"must hold {names} for the weights"
-    if "delta" in asked and isinstance(weights, LoraConfig):
-        yield at, "holds delta, which is for weights: {kind: full}"
+    for name in sorted(asked & {"delta", "single-file"}) if isinstance(weights, LoraConfig) else ():
+        yield at, f"holds {name}, which is for weights: {{kind: full}}"
     if "bundle" not in asked:
         return
     if not isinstance(weights, LoraConfig) or weights.use_dora:

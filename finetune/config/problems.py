@@ -25,7 +25,7 @@ from finetune.config.describe import (
 )
 from finetune.config.document import Located, Place, Problem
 from finetune.config.schema import Recipe
-from finetune.config.section import Section
+from finetune.config.section import Section, fields
 from finetune.errors import nearest
 
 # What other trainers call it.
@@ -145,13 +145,13 @@ def dotted(path: Sequence[str | int]) -> str:
 def _problem(kind: str, spot: _Spot, tree: Located) -> Problem:
     value, name = _value(tree, spot.path), dotted(spot.path) or "a recipe"
     if kind == "missing" and isinstance(spot.path[-1], str):
-        field = spot.section.model_fields[spot.path[-1]]
+        field = fields(spot.section)[spot.path[-1]]
         text = f"{name} is missing: {_first_line(field) or wanted_of(field)}"
     elif kind == "extra_forbidden":
         text = f"{name} is not a key{_hint(spot, tree)}"
     elif kind.startswith("union_tag") and isinstance(value, dict):
         choices = spot.wanted.partition("(")[2].rstrip(")")
-        key = chosen_by(spot.section.model_fields[str(spot.path[-1])].annotation)
+        key = chosen_by(fields(spot.section)[str(spot.path[-1])].annotation)
         said = value.get(key)
         name, spot = f"{name}.{key}", _Spot((*spot.path, key), spot.section, spot.wanted)
         if said is None:
@@ -204,10 +204,10 @@ def _spot(location: Sequence[str | int]) -> _Spot:
         if is_section(here):
             section = here
             path = (*path, part)
-            field = section.model_fields.get(str(part))
-            if field is None:
+            found = fields(section).get(str(part))
+            if found is None:
                 return _Spot(path, section, "")
-            here, words = field.annotation, wanted_of(field)
+            here, words = found.annotation, wanted_of(found)
             if len(options(here)) == 1:
                 here = options(here)[0]
         elif part in kinds(here):
@@ -229,7 +229,7 @@ def _spot(location: Sequence[str | int]) -> _Spot:
 def _hint(spot: _Spot, tree: Located) -> str:
     """The nearest right thing for a key that the section does not have."""
     key, above = str(spot.path[-1]), dotted([part for part in spot.path[:-1] if isinstance(part, str)])
-    own = list(spot.section.model_fields)
+    own = list(fields(spot.section))
     here = [repr(listed.kind) for listed in owners(key) if listed.path == above]  # the same section of another kind
     by = spot.section.chosen_by
     others = [listed for listed in owners(key) if listed.path != above]

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from finetune.config.checks import contradictions
 from finetune.config.document import Located, Place, Problem, dump, overlay, parse
 from finetune.config.problems import dotted, explain, place_of, shown
+from finetune.config.profiles import laid_under
 from finetune.config.schema import Recipe
 from finetune.errors import UserError, nearest
 
@@ -50,7 +51,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: naming every problem of the files and overrides, each with its place.
     """
     problems: list[Problem] = []
-    tree = _with_overrides(_load(path, problems, ()), overrides, problems)
+    tree = laid_under(_with_overrides(_load(path, problems, ()), overrides, problems))
     try:
         recipe = Recipe.model_validate(tree.plain())
     except ValidationError as error:

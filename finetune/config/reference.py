@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from finetune.config.describe import Listed, chosen_by, is_section, kinds, options, sections, wanted_of
 from finetune.config.schema import Recipe
+from finetune.config.section import fields
 
 PREAMBLE = """\
 # What a recipe may say
@@ -59,7 +60,7 @@ def markdown() -> str:
 def _section(listed: Listed) -> str:
     rows = [
         f"| `{name}` | {_cell(wanted_of(field))} | {_default(field)} | {_cell(field.description or '')} |"
-        for name, field in listed.section.model_fields.items()
+        for name, field in fields(listed.section).items()
     ]
     table = ["| Key | Value | Default | |", "|---|---|---|---|", *rows]
     doc = " ".join((listed.section.__doc__ or "").split())

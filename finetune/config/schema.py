@@ -10,12 +10,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from finetune.config.adapters import AdapterConfig
 from finetune.config.buckets import BucketsConfig
 from finetune.config.crop import CropConfig
+from finetune.config.memory import Dtype, QuantizeConfig
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.optimizer import AdamWConfig, OptimizerConfig
 from finetune.config.origin import EMBEDDED, DatasetConfig
 from finetune.config.rates import last_step
 from finetune.config.schedule import ScheduleConfig
 from finetune.config.section import Fraction, Probability, Section, Text
+from finetune.config.tools import Tool
 from finetune.config.wording import FolderName, WordingConfig
 
 
@@ -23,14 +25,41 @@ class ModelConfig(Section):
     """The base model."""
 
     path: Text = "tinyworld"
-    """A diffusers folder, a hub name, or `tinyworld`, the small model that is shipped with the toolkit."""
+    """A diffusers folder, a single-file checkpoint (`.safetensors`), a hub name, or a small model that is shipped with
+    the toolkit: `tinyworld` in the layout of Stable Diffusion 1, `tinyworld-flow` in that of Stable Diffusion 3."""
     family: Text | None = None
     """The architecture; read from the model's own files where it is not set."""
     revision: Text | None = None
     """Commit or tag of a hub model."""
+    like: Text | None = None
+    """Of a single file: a diffusers folder or hub name of the same kind of model, of which settings, tokenizers and the
+    networks that the file lacks are taken. SD 1, 2 and XL can do without: docs/models.md."""
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """Of a single file of SD 1, 2 or XL: what it predicts, where it does not say so itself."""
     prompt_chunks: PositiveInt = 1
     """How many times the text encoder's 77 tokens a prompt may fill, in training and in pictures; it takes as many as
     it needs. 1 cuts what is longer."""
+    dtype: Dtype = "float32"
+    """Of the frozen denoiser and text encoders in memory. What trains is float32 in any case."""
+    vae_dtype: Dtype = "float32"
+    """Of the autoencoder."""
+    vae_tiling: bool = False
+    """Encode and decode large pictures in overlapping tiles: less memory, and latents that are a little different."""
+    quantize: QuantizeConfig | None = None
+    """Keep the linear layers of the denoiser's blocks in 8 or 4 bits; what trains is added on top."""
+    block_swap: NonNegativeInt = 0
+    """How many of the denoiser's blocks lie in the host's memory and come to the device when they are due. Needs
+    `train.gradient_checkpointing`."""
+
+    def dtype_of(self, network: str) -> Dtype:
+        """Of a family's network."""
+        return self.vae_dtype if network == "vae" else self.dtype
+
+    def format_of(self, network: str) -> QuantizeConfig | None:
+        """What the layers of a family's network are packed in; None where they are not."""
+        chosen = self.quantize
+        packed = chosen and (network == "denoiser" or (chosen.text_encoders and network != "vae"))
+        return chosen if packed else None
 
 
 class ConceptConfig(Section):
@@ -263,6 +292,9 @@ class SamplesConfig(Section):
     """What to draw; some of the concepts' own prompts where there are none."""
     per_prompt: PositiveInt = 1
     """Pictures per prompt."""
+    strength: float = 1.0
+    """How much what was trained counts in them: 0 is the base, 1 all of it. Whole weights, words and rotations have 1
+    alone."""
     sampler: SamplerConfig = SamplerConfig()
 
 
@@ -270,9 +302,14 @@ class ExportConfig(Section):
     """What is written at the end. Every file is loaded again and compared before the run counts as done."""
 
     formats: (
-        Annotated[list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle"]], Field(min_length=1)] | None
+        Annotated[
+            list[Literal["diffusers", "kohya", "peft", "a1111", "delta", "bundle", "single-file"]], Field(min_length=1)
+        ]
+        | None
     ) = None
     """Layouts of the files; all that the method has where it is not set: docs/formats.md."""
+    tools: Annotated[list[Tool], Field(min_length=1)] | None = Field(default=None, alias="for")
+    """In place of `formats` the tools that shall read them: each gets the layout that it reads best."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the tensors in the files."""
 
@@ -307,6 +344,8 @@ class Recipe(Section):
     """Folder of the run."""
     seed: NonNegativeInt = 0
     """Of everything random in the run: two runs of one recipe and seed are the same."""
+    profile: Literal["8gb", "12gb", "16gb", "24gb", "80gb"] | None = None
+    """Memory of the GPU: fills what this recipe leaves unset of the keys that decide about memory (docs/memory.md)."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig
     data: DataConfig

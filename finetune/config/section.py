@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Text = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[list[Text], Field(min_length=1)]
@@ -19,5 +20,15 @@ class Section(BaseModel):
     """The key that says which section is meant, where one of several may stand."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,  # `for` is a word of Python's
     )
+
+
+def fields(section: type[Section]) -> dict[str, FieldInfo]:
+    """What a section lists, by its keys in a recipe."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}

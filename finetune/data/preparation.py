@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from finetune.config import tools
 from finetune.config.adapters import new_words
 from finetune.config.checks import FORMATS
 from finetune.config.crop import CropConfig
@@ -124,6 +125,22 @@ def check_fit(recipe: Recipe, family: ModelFamily) -> None:
     if lacking := [layout for layout in asked if layout not in writable(asked, family.export_names)]:
         there = ", ".join(writable(FORMATS[recipe.adapter.kind], family.export_names))
         raise UserError(f"export.formats: {family.name} has no files of layout {lacking[0]!r}; it has {there}")
+    _check_tools(recipe, family)
+
+
+def _check_tools(recipe: Recipe, family: ModelFamily) -> None:
+    """Refuse tools that cannot run models of the family, or for which there are no files of it."""
+    names = family.export_names
+    for method in tools.methods(recipe.adapter):
+        for tool in recipe.export.tools or ():
+            layout = tools.READS[method][tool]
+            if layout in ("diffusers", "peft", "delta"):
+                continue
+            there = writable((layout,), names)
+            if not there or tool in names["denoiser"].unread_by:
+                why = "cannot read files of" if there else f"reads layout {layout!r}, which there is not of"
+                able = [one for one, read in tools.READS[method].items() if read in ("diffusers", "peft", "delta")]
+                raise UserError(f"export.for: {tool} {why} {family.name} models; {able[0]} reads those that there are")
 
 
 def check_resolution(recipe: Recipe, family: ModelFamily) -> None:

@@ -22,6 +22,7 @@ HEADING = "## Measured"
 NONE = "–"
 PARTS = ("colours", "lines")  # of style fidelity
 NOUNS = ("right-noun", "wrong-noun", "no-noun")  # which are asked in other words
+OTHER_MODEL = ("flow",)  # whose untouched answers are a row of their own
 
 Kind = Literal["subject", "style"]
 COLUMNS: tuple[tuple[str, Kind | None, str], ...] = (
@@ -97,7 +98,7 @@ def section(
         "",
         f"| method | {' | '.join(names)} | files | trained | time | peak memory |",
         f"|---|{'---|' * (len(names) + 4)}",
-        _base(results),
+        *_bases(results, methods),
         *(_row(results, name, titles[name]) for name in methods),
         "",
         *(_claims(held) if held else []),
@@ -126,15 +127,22 @@ def _claims(held: Sequence[Claim]) -> list[str]:
     return ["| what must hold | found | asked | |", "|---|---|---|---|", *rows, ""]
 
 
-def _base(results: Sequence[Result]) -> str:
-    """The untouched model: what it answered before any training, once for each subject and style."""
+def _bases(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
+    """The untouched models: what they answered before any training, once for each subject and style."""
+    own = [name for name in methods if name not in (*NOUNS, *OTHER_MODEL)]
+    other = [name for name in methods if name in OTHER_MODEL]
+    rows = (("untouched", own), ("untouched, flow matching", other))
+    return [_base(results, title, some) for title, some in rows if some or title == "untouched"]
+
+
+def _base(results: Sequence[Result], title: str, methods: Sequence[str]) -> str:
     first: dict[tuple[str, int], Evaluation] = {}
     for one in results:
         taught = one.trial.taught
-        if one.outcome and one.trial.method not in NOUNS:
+        if one.outcome and one.trial.method in methods:
             first.setdefault((taught.kind, taught.seed), one.outcome.evaluation)
     cells = [_cell(list(first.values()), kind, measure, "before") for _, kind, measure in COLUMNS]
-    return f"| untouched | {' | '.join(cells)} | {NONE} | {NONE} | {NONE} | {NONE} |"
+    return f"| {title} | {' | '.join(cells)} | {NONE} | {NONE} | {NONE} | {NONE} |"
 
 
 def _row(results: Sequence[Result], method: str, title: str) -> str:

@@ -72,6 +72,7 @@ def _own(title: str, name: str, *changes: str) -> Method:
 LORA = ("dreambooth-tiny.yaml", "train.steps=300")  # as many as the others
 METHODS = {
     "lora": Method("LoRA", LORA, ("lora-tiny.yaml",)),
+    "flow": Method("LoRA, flow-matching model", ("dreambooth-flow-tiny.yaml",), None),
     "dora": _weights("DoRA", "dora"),
     "pissa": _weights("PiSSA", "pissa"),
     "lokr": _weights("LoKr", "lokr"),
@@ -180,7 +181,7 @@ def run(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> Result:
     try:
         changes = [f"output={out / trial.name}", *trial.overrides, *overrides]
         layout = FORMATS[read_recipe(trial.recipe, changes).adapter.kind][0]
-        changes.append(f"export.formats=[{layout}]")
+        changes += [f"export.formats=[{layout}]", "export.for=null"]
         command = [sys.executable, "-m", "finetune", "train", str(trial.recipe), *changes]
         outcome = trials.run(trial.name, command, out)
     except (GuardError, UserError) as error:

@@ -52,4 +52,6 @@ def export(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) 
         GuardError: the weights are empty, not finite, incomplete or never moved, or a file reads back differently.
     """
     remove_partial(folder)
-    return kind(weights.kind).write(weights, family, recipe, folder)
+    written_by = kind(weights.kind)
+    written_by.require_learned(weights, recipe)
+    return written_by.write(weights, family, recipe, folder)

@@ -112,7 +112,8 @@ def load_delta(pipeline: Any, path: str | Path, strength: float = 1.0) -> int:
     places = [(parameter, tensor) for parameter, tensor in _places(pipeline, path, read_tensors(path))]
     for parameter, tensor in places:
         trained = tensor.to(parameter)
-        parameter.copy_(trained if strength == 1.0 else parameter + strength * (trained - parameter))
+        # not written into the tensor that was there, which others may share
+        parameter.data = trained if strength == 1.0 else parameter + strength * (trained - parameter)
     return len(places)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from finetune.adapter import Weights
-from finetune.errors import GuardError, UserError
-from finetune.export.layers import check
+from finetune.errors import UserError
+from finetune.export.overlay import Overlay, cast
 from finetune.export.stream import tensors_of, writing
 from finetune.family import ExportNames
 from finetune.files import replacing_folder, write_json
@@ -50,23 +50,9 @@ def write_model(
             from the base.
         UserError: a component of the base has no safetensors.
     """
-    check(weights.tensors)
-    trained = dict(weights.tensors)
-    changed = False
-
-    def put(name: str, old: Tensor) -> Tensor:
-        nonlocal changed
-        if name not in trained:
-            return old
-        new = _fitting(name, trained.pop(name), old)
-        changed = changed or not torch.equal(_cast(new, dtype), _cast(old, dtype))
-        return new
-
-    with rewriting(base, path, names, put, dtype, scheduler):
-        if trained:
-            raise GuardError(f"{len(trained)} trained tensors have no place in {base}, for example {min(trained)}")
-        if not changed:
-            raise GuardError("nothing was learned: every trained weight equals the base model's")
+    overlay = Overlay(weights, dtype)
+    with rewriting(base, path, names, overlay.over, dtype, scheduler):
+        overlay.finish(base)
     return path
 
 
@@ -104,7 +90,7 @@ def rewriting(
                     for key, old in tensors_of(file):
                         short = key.removeprefix(level)
                         new = put(f"{network}.{short}", old) if network else old
-                        writer.add({level + short: _cast(new, dtype or old.dtype)})
+                        writer.add({level + short: cast(new, dtype or old.dtype)})
             if level:
                 _prefix_index(folder / component, level)
         if scheduler is not None:
@@ -169,16 +155,6 @@ def _index(base: Path, scheduler: Any) -> dict[str, Any]:
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False
     return index
-
-
-def _fitting(name: str, new: Tensor, old: Tensor) -> Tensor:
-    if new.shape != old.shape:
-        raise GuardError(f"{name} is {list(new.shape)}, but {list(old.shape)} in the base model")
-    return new
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _copy_settings(source: Path, target: Path, dtype: torch.dtype | None) -> None:

@@ -12,26 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.originals import Place
-
-
-def rows(place: Place, height: int) -> slice:
-    """The outputs of a layer inside the original one of ``height`` outputs."""
-    unit = height // place.of
-    return slice(place.first * unit, (place.first + place.share) * unit)
-
-
-def swap(place: Place, tensor: Tensor) -> Tensor:
-    """The outputs in the order of the original, or back: the same step both ways."""
-    return torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
-
-
-def stack(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
-    """Parts [out, ...] below each other in the original's order, zeros where there is none."""
-    height = parts[0].shape[0] // places[0].share * places[0].of
-    whole = parts[0].new_zeros(height, *parts[0].shape[1:])
-    for place, part in zip(places, parts, strict=True):
-        whole[rows(place, height)] = swap(place, part)
-    return whole
+from finetune.originals.tensors import rows, stack, swap
 
 
 def diagonal(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,8 @@ FAMILIES = {
     "flux2": "FLUX.2",
     "qwen-image": "Qwen-Image",
     "z-image": "Z-Image",
+    "lumina2": "Lumina-Image 2.0",
+    "sana": "Sana",
 }
 """What can be told apart."""
 
@@ -25,6 +27,11 @@ Shapes = Mapping[str, Sequence[int]]
 _PROMPT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of a prompt's token vectors
 _FLUX = re.compile(r"(double|single)_blocks_|single_transformer_blocks_")
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_")
+
+
+def called(name: str) -> str | None:
+    """The key of ``FAMILIES`` for what this toolkit calls a family; None for one that is not among them."""
+    return next((key for key in sorted(FAMILIES, key=len, reverse=True) if name.startswith(key)), None)
 
 
 def family(keys: Sequence[Key], shapes: Shapes) -> str | None:
@@ -38,10 +45,14 @@ def family(keys: Sequence[Key], shapes: Shapes) -> str | None:
         return _unet(keys, shapes)
     if any(_FLUX.match(word) for word in words):
         return _flux(keys, shapes)
+    if any(re.match(r"transformer_blocks_\d+_(attn1_|ff_conv_)", word) for word in words):
+        return _cross(keys, shapes)
     if any(re.match(r"joint_blocks_|transformer_blocks_\d+_(ff_context_|attn2_)", word) for word in words):
         return "sd3"
     if any(re.match(r"transformer_blocks_\d+_(img_m|txt_m)", word) for word in words):
         return "qwen-image"
+    if any(re.match(r"(layers|\w+_refiner)_\d+_(attn_to_|feed_forward_linear_|norm1_linear)", word) for word in words):
+        return "lumina2"
     if any(re.match(r"(layers_\d+_attention_|noise_refiner_|context_refiner_)", word) for word in words):
         return "z-image"
     if any(word.startswith("transformer_blocks_") for word in words):
@@ -71,6 +82,12 @@ def _flux(keys: Sequence[Key], shapes: Shapes) -> str:
         shapes[key.text][1] for key in keys if key.part == "down" and re.search(r"(qkv|to_q|add_q_proj)$", key.word)
     ]
     return "flux" if not widths or widths[0] == 3072 else "flux2"
+
+
+def _cross(keys: Sequence[Key], shapes: Shapes) -> str | None:
+    """Cross-attention in no U-Net: Sana's, by its convolutions or its width, which others of the kind have not."""
+    widths = {shapes[key.text][1] for key in keys if key.part == "down" and re.search(r"attn[12]_to_[qkv]", key.word)}
+    return "sana" if 2240 in widths or any("_ff_conv_" in key.word for key in keys) else None
 
 
 def _joint(keys: Sequence[Key], shapes: Shapes) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.config.tools import COMFYUI
 from finetune.errors import UserError
 from finetune.export.pickles import write_pickle
 from finetune.export.read import read_header, read_pickle, read_tensors
@@ -31,7 +32,6 @@ INITS = {
     "kaiming_normal": "KaimingNormal",
 }
 """Our name of an initialisation -> A1111's."""
-COMFYUI = {"linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid", "softsign", "mish"}
 _STRUCTURAL = {
     *("layer_structure", "activation_func", "activate_output", "is_layer_norm"),
     *("use_dropout", "dropout_structure", "last_layer_dropout"),

@@ -13,11 +13,15 @@ from typing import Any
 from safetensors import safe_open
 
 from finetune.export import guess
+from finetune.export.cover import THUMBNAIL
+from finetune.export.hypernetwork import comfyui_objection
+from finetune.export.hypernetwork import read as read_hypernetwork
 from finetune.export.keys import Key, algorithm, parse
 from finetune.export.kinds import kind
-from finetune.export.loads import Facts, loads
+from finetune.export.loads import UNETS, Facts, loads, loads_words
+from finetune.export.metadata import OWN
 from finetune.export.origin import base, made_by, mapping, triggers
-from finetune.export.read import identify, locate, read_header
+from finetune.export.read import SINGLE, Identity, identify, locate, read_header
 from finetune.export.sizes import Block
 from finetune.export.sizes import blocks as sizes
 
@@ -49,7 +53,7 @@ class Inspection:
         layout: how its keys are written: "kohya", "diffusers", "before peft", "comfyui", "peft", "bundle".
         names: whose names the layers of a denoiser have: "diffusers" or "original".
         made_by: the tool, where the header or the keys tell.
-        family: what it is for, in words, from names and shapes alone.
+        family: what it is for, in words: from names and shapes, else as the header says.
         base: what the header says it was trained on.
         layers: network -> how many layers of it.
         ranks, alphas: value -> how many layers have it.
@@ -82,27 +86,28 @@ class Inspection:
         return "\n".join(_lines(self))
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: Path, family: str | None = None) -> Inspection:
     """Say what an adapter is.
 
     Args:
         path: a file of any trainer, a diffusers folder, or a run's folder.
+        family: a key of ``finetune.export.guess.FAMILIES``, where it is known what the file is for.
 
     Raises:
         UserError: there is no such file, it is damaged, or no adapter of a kind that is known.
     """
     path = locate(path)
     if path.is_dir() or path.suffix != ".safetensors":
-        return _named(path)
+        return _named(path, family)
     texts, metadata = read_header(path)
     parsed = {text: parse(text) for text in texts}
     keys = [key for key in parsed.values() if key is not None]
     if not any(key.part not in ("alpha", "bias", "word") for key in keys):
-        return _named(path)
-    return _layers(path, keys, [text for text, key in parsed.items() if key is None], metadata)
+        return _named(path, family)
+    return _layers(path, keys, [text for text, key in parsed.items() if key is None], metadata, family)
 
 
-def _named(path: Path) -> Inspection:
+def _named(path: Path, family: str | None) -> Inspection:
     """A file or folder of a kind that ``identify`` knows."""
     found = identify(path)
     dtypes, notes = {}, []
@@ -122,12 +127,26 @@ def _named(path: Path) -> Inspection:
         base=base(found.metadata),
         dtypes=dtypes,
         triggers=triggers(path, found.metadata),
-        loads={tool: "yes" for tool in kind(found.kind).readers(found.layout)},
-        notes=notes,
+        loads=_named_loads(found, family or guess.called(found.metadata.get(f"{OWN}family", ""))),
+        notes=[*notes, *_carried(found.metadata)],
     )
 
 
-def _layers(path: Path, keys: Sequence[Key], unknown: Sequence[str], metadata: Mapping[str, str]) -> Inspection:
+def _named_loads(found: Identity, family: str | None) -> dict[str, str]:
+    if found.kind == "embedding":
+        return loads_words(family, found.layout)
+    answers = dict.fromkeys(kind(found.kind).readers(found.layout), "yes")
+    if found.whole and family in UNETS:
+        answers |= {"kohya": "yes", **({"a1111": "yes"} if found.layout == SINGLE else {})}
+    if found.kind == "hypernetwork" and found.layout == "a1111":
+        why = comfyui_objection(read_hypernetwork(found.path).structure)
+        answers |= {"comfyui": f"wrong: {why}" if why else "yes", "forge": "no: it draws with no hypernetworks"}
+    return answers
+
+
+def _layers(
+    path: Path, keys: Sequence[Key], unknown: Sequence[str], metadata: Mapping[str, str], family: str | None
+) -> Inspection:
     layers: dict[str, dict[str, Key]] = {}
     for key in keys:
         if key.part != "word":
@@ -142,7 +161,7 @@ def _layers(path: Path, keys: Sequence[Key], unknown: Sequence[str], metadata: M
     ranks = Counter(rank for parts in layers.values() if (rank := _rank(parts, shapes)) is not None)
     layouts = Counter(key.layout for key in keys)
     layout = "bundle" if "bundle" in layouts else layouts.most_common(1)[0][0]
-    family = guess.family(keys, shapes)
+    family = family or guess.family(keys, shapes) or _told(metadata)
     lengths = [shapes[parts["dora_scale"].text] for parts in layers.values() if "dora_scale" in parts]
     facts = Facts(
         keys=keys,
@@ -159,7 +178,7 @@ def _layers(path: Path, keys: Sequence[Key], unknown: Sequence[str], metadata: M
         layout=layout,
         names=_names(keys),
         made_by=made_by(metadata, keys),
-        family=guess.FAMILIES[family] if family else None,
+        family=guess.FAMILIES.get(family, family) if family else None,
         base=base(metadata),
         layers=dict(Counter(name.split(" ")[0] for name in layers)),
         ranks=dict(sorted(ranks.items())),
@@ -171,6 +190,12 @@ def _layers(path: Path, keys: Sequence[Key], unknown: Sequence[str], metadata: M
         unknown=unknown,
         notes=list(_notes(layers, keys, metadata)),
     )
+
+
+def _told(metadata: Mapping[str, str]) -> str | None:
+    """The family that a header of this toolkit names, where layers of unusual sizes do not tell it."""
+    said = metadata.get(f"{OWN}family", "")
+    return said if said in guess.FAMILIES else None
 
 
 def _scalar(file: Any, key: Key) -> float:
@@ -202,8 +227,17 @@ def _notes(layers: Mapping[str, Mapping[str, Key]], keys: Sequence[Key], metadat
         yield f"holds the new words {', '.join(sorted(words))}"
     if not any("alpha" in parts for parts in layers.values()) and any("down" in parts for parts in layers.values()):
         yield "states no alpha: readers take the scale 1"
+    yield from _carried(metadata)
     if told := mapping(metadata.get("ss_network_args", "")).get("algo"):
         yield f"trained with LyCORIS' algo {told}"
+
+
+def _carried(metadata: Mapping[str, str]) -> Iterator[str]:
+    """What else a header holds."""
+    if THUMBNAIL in metadata:
+        yield "carries a picture"
+    if f"{OWN}lock" in metadata:
+        yield "carries the recipe that it was trained by"
 
 
 def _lines(found: Inspection) -> Iterator[str]:

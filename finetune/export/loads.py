@@ -13,7 +13,7 @@ from finetune.export.keys import Key
 
 TOOLS = ("diffusers", "comfyui", "forge", "a1111", "kohya")
 YES, UNKNOWN = "yes", "not known"
-_UNETS = ("sd1", "sd2", "sd", "sdxl")
+UNETS = ("sd1", "sd2", "sd", "sdxl")
 _NO_FLUX = "no: it has no such model"
 _ENDS = re.compile(r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)(_|$)")
 
@@ -42,13 +42,27 @@ class Facts:
 def loads(facts: Facts) -> dict[str, str]:
     """Tool -> "yes", or what goes wrong."""
     found = _by_layout(facts)
-    if facts.family in ("flux", "sd3", "flux2", "qwen-image", "z-image"):
+    if facts.family and facts.family not in UNETS:
         found["a1111"] = _NO_FLUX if facts.family != "sd3" else "no: it looks for SD3's layers under other names"
     if facts.unknown > 12:
         found["forge"] = f"no: it refuses files with more than 12 unknown keys, here {facts.unknown}"
     if facts.layout == "bundle":
+        found |= dict.fromkeys(("comfyui", "forge", "kohya"), "partly: it ignores the words in the file")
         found["diffusers"] = "no: it refuses new words inside a LoRA"
     return {tool: found.get(tool, UNKNOWN) for tool in TOOLS}
+
+
+def loads_words(family: str | None, layout: str) -> dict[str, str]:
+    """The same of files of new words for a key of ``finetune.export.guess.FAMILIES``: A1111 and ComfyUI call a word by
+    its file's name, which is the word's in layout a1111 alone.
+    """
+    others = {"comfyui": YES, "forge": YES, "a1111": YES} if layout == "a1111" else {}
+    if family in UNETS or family is None:
+        return {"diffusers": YES, "kohya": YES, **others}
+    if family in ("flux", "sd3"):
+        refused = "no: it takes no word of several encoders but CLIP's"
+        return {"diffusers": YES, **others, "forge": refused, "a1111": "no: it has no such model"}
+    return {"diffusers": YES}
 
 
 def _by_layout(facts: Facts) -> dict[str, str]:
@@ -79,7 +93,7 @@ def _kohya(facts: Facts) -> dict[str, str]:
         return found | ({"kohya": "no: it looks for other names", "forge": UNKNOWN} if split else {})
     if facts.family == "sd3":
         return {"comfyui": YES, "forge": YES, "kohya": YES, "diffusers": "no: it loads nothing and only warns"}
-    if facts.family not in _UNETS:
+    if facts.family not in UNETS:
         return {}
     found = dict.fromkeys(TOOLS, YES)
     if len(facts.alphas) > 1:
@@ -104,7 +118,7 @@ def _diffusers(facts: Facts) -> dict[str, str]:
     if facts.algorithm not in ("lora", "dora"):
         return {tool: "no: it is in PEFT's own layout" for tool in TOOLS}
     found = {"diffusers": YES, "kohya": "no: it loads nothing"}
-    if facts.family in _UNETS:
+    if facts.family in UNETS:
         found |= {"comfyui": "partly: it drops attention layers without a word", "a1111": "no: it loads nothing"}
         found |= {"forge": "no: it refuses the file"}
     elif facts.family == "flux":
@@ -129,7 +143,7 @@ def _comfyui(facts: Facts) -> dict[str, str]:
     text = any(key.network.startswith("text_encoders.") for key in facts.keys)
     found = {"comfyui": YES, "forge": "no: it refuses text encoders under these names" if text else YES}
     found |= {"a1111": "no: it refuses the file", "kohya": "no: it loads nothing"}
-    if facts.family in _UNETS:
+    if facts.family in UNETS:
         found["diffusers"] = "no: it refuses the file"
     return found
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.export.fused import diagonal, stack, taken_apart
+from finetune.export.fused import diagonal, taken_apart
 from finetune.export.lycoris import PARTS, Change
 from finetune.export.names import Stems, expected_stem, network_of
 from finetune.family import ExportNames
 from finetune.originals import Place
+from finetune.originals.tensors import stack
 
 ALPHA = "alpha"
 _KNOWN = {part: algorithm for algorithm in ("loha", "lokr", "full") for part in PARTS[algorithm]}

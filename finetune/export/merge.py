@@ -27,18 +27,24 @@ _PREFIXES = {
 def merge(pipeline: Any, tensors: Mapping[str, Tensor], strength: float = 1.0) -> int:
     """Add what a file of layout kohya changes, ``strength`` times, and return how many layers that were.
 
+    Nothing is written into the tensors that the pipeline held, which others may share.
+
     Raises:
         UserError: the pipeline has no such layer, or one of another size.
     """
     names = dict(_names(pipeline))
     found = unpack(tensors, names)
+    modules: dict[str, dict[str, nn.Module]] = {}
     for change in found:
-        network = getattr(pipeline, names[change.network].diffusers)
-        weight = dict(network.named_parameters()).get(f"{change.module}.weight")
+        component = names[change.network].diffusers
+        layer = modules.setdefault(component, dict(getattr(pipeline, component).named_modules())).get(change.module)
+        weight = getattr(layer, "weight", None)
         if weight is None:
-            raise UserError(f"the pipeline has no layer {names[change.network].diffusers}.{change.module}")
+            raise UserError(f"the pipeline has no layer {component}.{change.module}")
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise UserError(f"the layer {component}.{change.module} is quantised: nothing can be added to its weight")
         try:
-            weight.copy_(change.changed(weight, strength))
+            weight.data = change.changed(weight, strength).to(weight)
         except GuardError as error:
             raise UserError(str(error)) from error
     return len(found)

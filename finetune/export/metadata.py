@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune import __version__
@@ -33,21 +34,21 @@ def describe(
         "kind": "lora",
         "layout": layout,
         "family": family.name,
-        "base": recipe.model.path,
-        "revision": recipe.model.revision or "",
+        **base_of(recipe),
         "prompt_chunks": str(recipe.model.prompt_chunks) if recipe.model.prompt_chunks > 1 else "",
         "recipe": recipe.recipe,
         "steps": str(recipe.train.total_steps),
         "seed": str(recipe.seed),
         "layers": str(len(layers)),
         "settings": json.dumps(settings, sort_keys=True),
+        "lock": locked(recipe),
         "objective": objective.refinements(recipe.objective),
         "scheduler": json.dumps(dict(family.sampling), sort_keys=True) if family.sampling else "",
     }
     spec = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{family.published.architecture}/lora",
-        "implementation": "diffusers",
+        "implementation": family.published.code if layout == "kohya" else "diffusers",
         "title": title(recipe),
         "resolution": f"{side}x{side}",
         "prediction_type": {"v_prediction": "v", "flow_prediction": ""}.get(prediction(family), prediction(family)),
@@ -77,6 +78,36 @@ def _kohya(layers: Sequence[Layer], family: ModelFamily, recipe: Recipe) -> dict
         "ss_base_model_version": base_version(family),
         **objective.kohya(recipe.objective),
     }
+
+
+def base_of(recipe: Recipe) -> dict[str, str]:
+    """The base as the recipe names it; what it leaves out is empty."""
+    model = recipe.model
+    return {
+        "base": model.path,
+        "revision": model.revision or "",
+        "like": model.like or "",
+        "base_prediction": model.prediction or "",
+    }
+
+
+def locked(recipe: Recipe) -> str:
+    """What decided the run, every default written out, as JSON: nothing of where it is kept and how it was watched.
+
+    Of absolute paths only the last part is told, for files are given away.
+    """
+    told = recipe.model_dump(mode="json", exclude={"output", "checkpoint", "samples", "report"})
+    for section, keys in (("data", ["cache"]), ("train", ["device", "threads"])):
+        told[section] = {key: value for key, value in told[section].items() if key not in keys}
+    return json.dumps(_without_folders(told), sort_keys=True)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def side_file(recipe: Recipe, family: ModelFamily) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.adapter import Weights
+from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.export import kohya, peft
 from finetune.export.kinds import KINDS, Contents, kind
@@ -25,6 +26,7 @@ from finetune.family import ExportNames
 CONVENTIONAL = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 WORD = "learned_embeds.safetensors"  # the same for a new word
 MODEL = "model"
+SINGLE = "single-file"
 DELTA_FILE = "delta.safetensors"
 
 
@@ -55,9 +57,9 @@ class Identity:
     """What a file or folder is.
 
     Attributes:
-        path: the file, or the folder of a whole model.
+        path: the file, or a whole model's folder.
         kind: a name of ``finetune.export.kinds.KINDS``.
-        layout: one of the kind's; "model" for a diffusers folder.
+        layout: one of the kind's; of whole models "model" for a diffusers folder and "single-file".
         metadata: of the header; empty for folders.
     """
 
@@ -69,7 +71,7 @@ class Identity:
     @property
     def whole(self) -> bool:
         """Whether it is a model of its own, which needs no base."""
-        return self.layout == MODEL
+        return self.layout in (MODEL, SINGLE)
 
     @property
     def base(self) -> str | None:
@@ -89,7 +91,7 @@ class Identity:
 
 
 def identify(path: Path) -> Identity:
-    """Say what ``path`` is: an adapter file, a diffusers folder, or the folder of a run that holds one of them.
+    """Say what ``path`` is: an adapter file, a whole model, or the folder of a run that holds one of them.
 
     Raises:
         UserError: it is none of these, or cannot be read.
@@ -176,8 +178,9 @@ def read(path: Path, names: Mapping[str, ExportNames]) -> Weights:
     found = identify(path)
     if found.whole:
         from finetune.export.full import read_model
+        from finetune.families import model_folder
 
-        return read_model(found.path, names)
+        return read_model(model_folder(ModelConfig(path=str(found.path))), names)
     if found.kind == "full":
         from finetune.export.delta import unpack
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,25 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.files import PARTIAL, replacing
+from finetune.files import DTYPES, PARTIAL, replacing, tensor_bytes, tensors_header
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-}
-"""Types of numbers by the format's names, in the order in which the format's library aligns them."""
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ORDER = {code: place for place, code in enumerate(DTYPES)}
+_DTYPES: Mapping[str, torch.dtype] = {code: getattr(torch, name) for code, name in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -67,9 +51,9 @@ def shapes(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: no whole safetensors file: {error}") from error
     for key, (code, _) in found.items():
-        if code not in DTYPES:
+        if code not in _DTYPES:
             raise UserError(f"{path}: {key} holds numbers of type {code}; known: {', '.join(DTYPES)}")
-    return {key: (DTYPES[code], shape) for key, (code, shape) in found.items()}
+    return {key: (_DTYPES[code], shape) for key, (code, shape) in found.items()}
 
 
 class Writer:
@@ -93,24 +77,19 @@ class Writer:
         for name, tensor in tensors.items():
             if name in self._entries:
                 raise ValueError(f"{name} is written twice")
-            whole = tensor.detach().cpu().contiguous()
+            whole = tensor.detach().cpu()
             begin = self._spool.tell()
-            self._spool.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+            self._spool.write(tensor_bytes(whole))
             size = self._spool.tell() - begin
             self._entries[name] = (_CODES[whole.dtype], list(whole.shape), begin, size)
 
     def finish(self, file: IO[bytes]) -> None:
-        """Put header and tensors together: wider types first, so that all are aligned."""
-        ordered = sorted(self._entries.items(), key=lambda entry: (-_ORDER[entry[1][0]], entry[0]))
-        header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **self.metadata}.items()))}
-        end = 0
-        for name, (code, shape, _, size) in ordered:
-            header[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, (_, _, begin, size) in ordered:
+        """Put header and tensors together."""
+        entries = {name: (code, shape, size) for name, (code, shape, _, size) in self._entries.items()}
+        header, names = tensors_header(entries, self.metadata)
+        file.write(header)
+        for name in names:
+            _, _, begin, size = self._entries[name]
             self._spool.seek(begin)
             _copy(self._spool, file, size)
 

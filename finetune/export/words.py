@@ -26,7 +26,7 @@ class Reader(NamedTuple):
 def text_encoders(pipeline: Any) -> dict[str, Reader]:
     """A pipeline's text encoders by their names in files of words; ``ALONE`` where there is only one."""
     found = [
-        Reader(encoder, getattr(pipeline, f"tokenizer{suffix}"))
+        Reader(encoder, _tokenizer(getattr(pipeline, f"tokenizer{suffix}")))
         for suffix in _SUFFIXES
         if (encoder := getattr(pipeline, f"text_encoder{suffix}", None)) is not None
     ]
@@ -53,6 +53,8 @@ def load_word(pipeline: Any, stored: Stored) -> None:
     load = getattr(pipeline, "load_textual_inversion", None)
     for name, rows in parts.items():
         encoder, tokenizer = found[name]
+        table = encoder.get_input_embeddings().weight
+        table.data = table.data.clone()  # loaders write into it, and others may share it
         if load is None:
             _place(encoder, tokenizer, stored.token, rows)
         else:
@@ -62,6 +64,11 @@ def load_word(pipeline: Any, stored: Stored) -> None:
     if load is None and stored.vectors > 1:
         whole = " ".join(_tokens(stored.token, stored.vectors))
         write_out(pipeline, lambda text: text.replace(stored.token, whole))
+
+
+def _tokenizer(reader: Any) -> Any:
+    """The tokenizer, which in some pipelines is part of a processor that reads pictures too."""
+    return getattr(reader, "tokenizer", reader)
 
 
 @torch.no_grad()

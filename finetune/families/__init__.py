@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -19,16 +20,18 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from finetune import tinyworld
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError, nearest
 from finetune.family import ModelFamily
 from finetune.objectives import refined
 
-EMBEDDED = "tinyworld"
+EMBEDDED = tinyworld.NAMES
 GROUP = "finetune.families"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILES = (".safetensors", ".ckpt")  # endings that no repository's name has
 
 
 @functools.cache
@@ -46,7 +49,8 @@ def load_family(
     """The family of a base model, with no network in memory yet.
 
     Args:
-        config: names a folder, a hub model or the embedded one. A folder is never looked for on a network.
+        config: names a folder, a single file, a hub model or the embedded one. A folder or file is never looked for on
+            a network.
         objective: what the recipe changes of what the base was trained on; nothing where it is not given.
         device: where its networks are put when they are required.
 
@@ -65,6 +69,7 @@ def load_family(
     family.objective = refined(family.process, wanted)
     family.sampling = family.objective.sampling
     family.device = torch.device(device)
+    family.model = config
     family.prompt_chunks = config.prompt_chunks
     if wanted.guidance is not None:
         if family.guidance is None:
@@ -74,21 +79,45 @@ def load_family(
 
 
 def model_folder(config: ModelConfig) -> Path:
-    """Where a model's files are on this machine. A hub model that is not in the cache is fetched.
+    """Where a model's files are on this machine, in diffusers' layout.
+
+    A single file is converted once (``single_file.convert``), a hub model that is not in the cache is fetched.
 
     Raises:
-        UserError: there is no such folder or hub model.
+        UserError: there is no such folder, file or hub model, or the file cannot be converted.
     """
-    if config.path == EMBEDDED:
-        from finetune.tinyworld import BASE
+    path = Path(config.path).expanduser()
+    if path.is_file() and config.path not in EMBEDDED:
+        from finetune.families.single_file.convert import converted
 
-        return Path(BASE)
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        return folder
-    if _HUB_NAME.fullmatch(config.path) and not folder.parent.exists():
+        return converted(config)
+    for key in ("like", "prediction"):
+        if getattr(config, key) is not None:
+            raise UserError(f"model.{key} is for a single file, and {config.path!r} is none")
+    if config.path in EMBEDDED:
+        return tinyworld.base(config.path)
+    if path.is_dir():
+        return path
+    if on_hub(config.path):
         return _fetch(config)
-    raise UserError(f"model.path: no folder {config.path!r}{_neighbour(folder)}")
+    raise UserError(f"model.path: no folder or file {config.path!r}{_neighbour(path)}")
+
+
+def on_hub(name: str) -> bool:
+    """Whether ``name`` can only mean a model of the Hugging Face hub."""
+    path = Path(name).expanduser()
+    return _HUB_NAME.fullmatch(name) is not None and path.suffix not in _FILES and not path.parent.exists()
+
+
+def at_hand(config: ModelConfig) -> bool:
+    """Whether a model's files are on this machine, so that ``model_folder`` would fetch nothing large."""
+    if config.path in EMBEDDED or Path(config.path).expanduser().is_dir():
+        return True
+    if not _HUB_NAME.fullmatch(config.path):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(config.path, "model_index.json", revision=config.revision), str)
 
 
 def _named(name: str) -> Any:
@@ -128,5 +157,6 @@ def _neighbour(folder: Path) -> str:
     parent, wanted = folder.absolute().parent, folder.name
     while not parent.is_dir():
         parent, wanted = parent.parent, parent.name
-    hint = nearest(wanted, [child.name for child in parent.iterdir() if child.is_dir()][:1000])
+    models = (child.name for child in parent.iterdir() if child.is_dir() or child.suffix == ".safetensors")
+    hint = nearest(wanted, itertools.islice(models, 1000))
     return f"; in {parent}{hint.removeprefix(';')}" if "did you mean" in hint else f"; {parent} has no {wanted!r}"

@@ -20,6 +20,7 @@ from finetune.family import ExportNames, Published, Sites, Unsupported
 from finetune.originals import flux as original
 
 CLIP, T5 = "text_encoder", "text_encoder_2"
+_CODE = "https://github.com/black-forest-labs/flux"
 _WIDTH = 3072  # of the published model
 
 
@@ -46,6 +47,7 @@ class Flux(DiffusersFolder):
         CLIP: Part("text_encoder", "transformers.CLIPTextModel", tokenizer="tokenizer"),
         T5: t5.part("text_encoder_2", tokenizer="tokenizer_2"),
     }
+    published = Published("flux-1-custom", code=_CODE)
     readers: ClassVar[tuple[str, str] | Unsupported] = two_streams.READERS
     chunks: ClassVar[Unsupported | None] = Unsupported("T5 reads its tokens, in one piece")
 
@@ -65,12 +67,14 @@ class Flux(DiffusersFolder):
         whole = settings["num_attention_heads"] * settings["attention_head_dim"] == _WIDTH
         unread = ("a1111",) if whole else ("a1111", "diffusers")  # whose converter knows that width alone
         self.export_names = {
-            "denoiser": ExportNames("transformer", "lora_unet", places=original.places(settings), unread_by=unread),
+            "denoiser": ExportNames(
+                "transformer", "lora_unet", places=original.places(settings), unread_by=unread, single_file=True
+            ),
             CLIP: ExportNames(CLIP, "lora_te1", missing_level(self.parts[CLIP]), "clip_l"),
             T5: ExportNames(T5, "lora_te3", words="t5xxl"),
         }
         if whole:
-            self.published = Published("flux-1-dev" if self.guidance else "flux-1-schnell", "flux1", "Flux")
+            self.published = Published("flux-1-dev" if self.guidance else "flux-1-schnell", "flux1", "Flux", _CODE)
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """T5's last hidden states, and CLIP's pooled answer."""

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
+from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
+from finetune.families.block_swap import BlockSwap
+from finetune.families.outlines import filled, outline
+from finetune.families.precision import cast_at_border, cast_inputs
+from finetune.families.quantised import quantise
 from finetune.families.schedulers import with_settings
 from finetune.families.words import write_out
 from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
@@ -71,6 +77,8 @@ class DiffusersFolder(ABC):
     """As in ``finetune.family.Sites``."""
     space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
     """Why there is no ``shared_space``; None where there is one."""
+    blocks: ClassVar[str] = r"(.*\.)?(\w*transformer_blocks|\w+_refiner|layers|block)\.\d+"
+    """Regular expression of the whole names of a network's blocks, which hold most of its weights."""
     chunks: ClassVar[Unsupported | None] = Unsupported("its prompts are not read by CLIPs alone")
     """Why no prompt takes several ``prompt_chunks``; None where it does."""
 
@@ -93,7 +101,10 @@ class DiffusersFolder(ABC):
         self.folder = folder
         self.source = source or str(folder)
         self.networks = nn.ModuleDict()
+        self._outlines: dict[str, nn.Module] = {}  # of networks in memory, as they were before anything was added
+        self._aside: dict[str, nn.Module] = {}  # networks that twins need and training does not
         self.device = torch.device("cpu")
+        self.model = ModelConfig()
         self.prompt_chunks = 1
         self.sampling: Mapping[str, Any] = {}
         self.components = {network: part.subfolder for network, part in self.parts.items()}
@@ -122,10 +133,16 @@ class DiffusersFolder(ABC):
         return with_settings(own, self.sampling)
 
     def require(self, *networks: str) -> None:
-        """Load the named networks in float32 onto ``device`` where they are not in memory, frozen, in ``eval()``."""
+        """Load the named networks onto ``device`` where they are not in memory, as ``hold`` has them.
+
+        Raises:
+            UserError: as ``fresh``; or the autoencoder overflows in the dtype that it was to have.
+        """
         for network in networks:
             if network not in self.networks:
-                self.networks[network] = self.fresh(network).to(self.device)
+                packed = self._packed(network, self._read(network, self._dtype(network)))
+                self._outlines[network] = outline(packed)
+                self.networks[network] = self._arranged(network, packed)
 
     def fresh(self, network: str) -> nn.Module:
         """Another copy of a network as it is on disk: float32, on the CPU, frozen, in ``eval()``.
@@ -133,12 +150,61 @@ class DiffusersFolder(ABC):
         Raises:
             UserError: the files hold no safetensors (a pickle is never opened) or do not fit the settings.
         """
+        return self._read(network, torch.float32)
+
+    def hold(self, network: str, module: nn.Module) -> nn.Module:
+        """Let a network that was read lie in memory as ``model`` says: packed, and some of it on the CPU.
+
+        Args:
+            module: changed in place; of the dtype that ``model`` says. A skeleton stays on the meta device.
+        """
+        return self._arranged(network, self._packed(network, module))
+
+    def _packed(self, network: str, module: nn.Module) -> nn.Module:
+        if packed := self.model.format_of(network):
+            quantise(self.blocks_of(module), packed.kind, packed.skip)
+        return module
+
+    def _arranged(self, network: str, module: nn.Module) -> nn.Module:
+        """The half of ``hold`` that leaves the weights as they are: where they lie, and what goes in and out."""
+        model, meta = self.model, next(module.parameters()).is_meta
+        if network == "vae":
+            cast_inputs(module)
+            if model.vae_tiling:
+                module.enable_tiling()  # type: ignore[operator]
+        elif network == "denoiser":
+            if model.dtype != "float32":
+                cast_at_border(module)
+            if model.block_swap and not meta:
+                BlockSwap(list(self.blocks_of(module).values())[-model.block_swap :], self.device)
+        return module if meta else module.to(self.device)
+
+    def blocks_of(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The blocks of a network by their names, outermost alone."""
+        found: dict[str, nn.Module] = {}
+        for name, part in module.named_modules():
+            if re.fullmatch(self.blocks, name) and not any(name.startswith(f"{outer}.") for outer in found):
+                found[name] = part
+        return found
+
+    def _dtype(self, network: str) -> torch.dtype:
+        name = self.model.dtype_of(network)
+        if network == "vae" and name == "float16" and self.settings["vae"].get("force_upcast", False):
+            said = self.folder / self.parts[network].subfolder / "config.json"
+            raise UserError(
+                f"model.vae_dtype is float16, in which this autoencoder overflows: {said} says force_upcast; "
+                "bfloat16 or float32 would do"
+            )
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    def _read(self, network: str, dtype: torch.dtype) -> nn.Module:
         part = self.parts[network]
         try:
             loaded = part.type.from_pretrained(
                 self.folder,
                 subfolder=part.subfolder,
-                torch_dtype=torch.float32,
+                torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 **part.settings,
@@ -150,25 +216,55 @@ class DiffusersFolder(ABC):
         bare: nn.Module = loaded.eval().requires_grad_(False)
         return bare
 
+    def twin(self, originals: Mapping[str, Tensor]) -> DiffusersFolder:
+        """The same model without what methods have added; see ``finetune.family.ModelFamily``.
+
+        Networks that are not in memory are read when the first twin is made and are kept on the CPU for the next.
+        """
+        other = type(self)(self.folder, self.source)
+        other.device, other.model, other.prompt_chunks = self.device, self.model, self.prompt_chunks
+        other.objective, other.sampling, other.guidance = self.objective, self.sampling, self.guidance
+        for network in self.parts:
+            if network in self.networks and network in self._outlines:
+                frame, held = self._outlines[network], self.networks[network]
+            else:
+                if network not in self._aside:
+                    self._aside[network] = self._packed(network, self._read(network, self._dtype(network)))
+                frame, held = outline(self._aside[network]), self._aside[network]
+            own = {name.removeprefix(f"{network}."): one for name, one in originals.items()}
+            other.networks[network] = other._arranged(network, filled(frame, held, own))
+        return other
+
     def release(self, *networks: str) -> None:
         """Free the named networks."""
         for network in networks:
             if network in self.networks:
                 del self.networks[network]
+                self._outlines.pop(network, None)
 
     def fingerprint(self, *networks: str) -> str:
-        """SHA-256 over the files of the named networks, hex; a text encoder's includes its tokenizer's."""
+        """SHA-256 over the files of the named networks and how they are held, hex; a text encoder's includes its
+        tokenizer's.
+        """
         digest = hashlib.sha256()
         for network in sorted(networks):
-            digest.update(f"{network}\n".encode())
+            digest.update(f"{network}\n{self._changes(network)}".encode())
             part = self.parts[network]
             folders = [part.subfolder, *([part.tokenizer] if part.tokenizer else [])]
             for file in sorted(file for name in folders for file in (self.folder / name).iterdir()):
                 if file.suffix in {".json", ".txt", ".jinja", ".safetensors", ".model"}:
-                    status = file.stat()
-                    content = _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
-                    digest.update(f"{file.name} {content}\n".encode())
+                    digest.update(f"{file.name} {file_digest(file)}\n".encode())
         return digest.hexdigest()
+
+    def _changes(self, network: str) -> str:
+        """What changes a network's answers beside its files; nothing where it is as it always was."""
+        model = self.model
+        said: dict[str, Any] = {} if model.dtype_of(network) == "float32" else {"dtype": model.dtype_of(network)}
+        if packed := model.format_of(network):
+            said |= packed.model_dump(exclude={"text_encoders"})
+        if network == "vae" and model.vae_tiling:
+            said["tiling"] = "on"
+        return f"{json.dumps(said)}\n" if said else ""
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Posterior:
@@ -268,6 +364,12 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: missing")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, hex; they are read once as long as the file does not change."""
+    status = file.stat()
+    return _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,6 +1,8 @@
-"""What families have in common whose only text encoder is a language model: Z-Image, Qwen-Image, FLUX.2.
+"""What families have in common whose only text encoder is a language model: Z-Image, Qwen-Image, FLUX.2, Lumina 2,
+Sana.
 
-A caption is put into the template of a conversation, and the denoiser reads what the model makes of it on the way.
+A caption is put into the template of a conversation or behind an instruction, and the denoiser reads what the model
+makes of it on the way.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,16 +32,23 @@ class LanguageModelFolder(DiffusersFolder):
 
     readers: ClassVar[tuple[str, str] | Unsupported] = READERS
     chunks: ClassVar[Unsupported | None] = Unsupported("a language model reads a caption whole")
-    length: ClassVar[int]
+    length: int
     """Tokens that the pipeline lets the language model read, those of the template included."""
 
     @abstractmethod
     def wrap(self, text: str) -> str:
-        """``text`` in the template that the pipeline puts prompts into."""
+        """``text`` in the template that the pipeline puts prompts into, all special tokens written out."""
 
     def read(self, captions: Sequence[str]) -> Sequence[str]:
         """``captions`` as the language model gets them: new words written out, in the template."""
         return [self.wrap(self._vocabulary.expand(caption)) for caption in captions]
+
+    def told(self, captions: Sequence[str], **padding: Any) -> Mapping[str, list[list[int]]]:
+        """A tokenizer's "input_ids" and "attention_mask" of ``captions``, cut at ``length``; each a list of rows."""
+        told: Mapping[str, list[list[int]]] = self.tokenizers[TEXT_ENCODER](
+            self.read(captions), add_special_tokens=False, max_length=self.length, truncation=True, **padding
+        )
+        return told
 
     def caption_overflow(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens of ``caption`` and of the template's end are cut off."""
@@ -46,7 +56,7 @@ class LanguageModelFolder(DiffusersFolder):
 
     def count(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """How many tokens ``caption`` is in its template; arguments as of ``caption_overflow``."""
-        tokenizer, known = self._vocabulary.tokenizer, words or {}
+        tokenizer, known = partial(self._vocabulary.tokenizer, add_special_tokens=False), words or {}
         if not known:
             return len(tokenizer(self.read([caption])[0]).input_ids)
         # a word takes the spaces before it with it, see ``finetune.family.Vocabulary.add``

@@ -46,7 +46,7 @@ class QwenImage(LanguageModelFolder):
         "vae": Part("vae", "diffusers.AutoencoderKLQwenImage"),
         TEXT_ENCODER: Part("text_encoder", "transformers.Qwen2_5_VLForConditionalGeneration", tokenizer="tokenizer"),
     }
-    length: ClassVar[int] = 1024 + BEFORE
+    length: int = 1024 + BEFORE
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
@@ -95,9 +95,9 @@ class QwenImage(LanguageModelFolder):
 
         Captions are read one by one, so that none is padded.
         """
-        tokenizer, encoder = self.tokenizers[TEXT_ENCODER], self.networks[TEXT_ENCODER]
-        told = (tokenizer([text], max_length=self.length, truncation=True) for text in self.read(captions))
-        return Conditioning.stack([Conditioning(tokens=ask(encoder, one)[-1][:, BEFORE:]) for one in told])
+        told = (self.told([caption]) for caption in captions)
+        states = (ask(self.networks[TEXT_ENCODER], one)[-1] for one in told)
+        return Conditioning.stack([Conditioning(tokens=one[:, BEFORE:]) for one in states])
 
     def prompt_length(self, caption: str, words: Mapping[str, int] | None = None) -> int:
         """Those of the template behind it included; nothing is padded."""

@@ -53,7 +53,7 @@ class SD(UNetFolder):
             shared_space=lambda clip: shared_space(self.fresh("text_encoder"), clip),
         )
         self.export_names = {
-            "denoiser": ExportNames("unet", "lora_unet"),
+            "denoiser": ExportNames("unet", "lora_unet", single_file=True),
             "text_encoder": ExportNames("text_encoder", "lora_te", unet.missing_level(self.parts["text_encoder"])),
         }
 

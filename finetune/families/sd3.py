@@ -53,6 +53,7 @@ class SD3(DiffusersFolder):
         "text_encoder_2": Part("text_encoder_2", "transformers.CLIPTextModelWithProjection", tokenizer="tokenizer_2"),
         T5: t5.part("text_encoder_3", tokenizer="tokenizer_3"),
     }
+    published = Published("stable-diffusion-3-custom")
     readers: ClassVar[tuple[str, str] | Unsupported] = two_streams.READERS
     chunks: ClassVar[Unsupported | None] = Unsupported("its pipeline reads one chunk with each CLIP; T5 reads on")
 
@@ -73,12 +74,16 @@ class SD3(DiffusersFolder):
         )
         levels = {name: missing_level(self.parts[name]) for name in CLIPS}
         self.export_names = {
-            "denoiser": ExportNames("transformer", "lora_unet", places=original.places(settings), unread_by=_UNREAD_BY),
+            "denoiser": ExportNames(
+                "transformer", "lora_unet", places=original.places(settings), unread_by=_UNREAD_BY, single_file=True
+            ),
             "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
             **({T5: ExportNames(T5, "lora_te3", words="t5xxl")} if T5 in self.parts else {}),
         }
-        self.published = _PUBLISHED.get((settings["num_attention_heads"], bool(settings.get("qk_norm"))), Published())
+        self.published = _PUBLISHED.get(
+            (settings["num_attention_heads"], bool(settings.get("qk_norm"))), self.published
+        )
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """The CLIPs' states before the last layer, side by side, and behind them T5's; the CLIPs' pooled answers."""
@@ -135,8 +140,10 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
     from finetune.families.tiny import WIDTH, clip_text, drawn, unquantised
     from finetune.tinyworld.tokenizer import build
 
-    wide = 2 * WIDTH + 8  # as in the published one, more than both CLIPs
+    wider, wide = 24, 48  # the second CLIP, which diffusers tells from the first by it, and T5: more than both
     with drawn(seed):
+        first = clip_text(CLIPTextModelWithProjection, projection_dim=WIDTH, eos_token_id=2)
+        torch.nn.init.eye_(first.text_projection.weight)  # as published
         StableDiffusion3Pipeline(
             transformer=SD3Transformer2DModel(
                 sample_size=8,
@@ -147,14 +154,14 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
                 num_attention_heads=2,
                 joint_attention_dim=wide,
                 caption_projection_dim=16,
-                pooled_projection_dim=12 + 8,
+                pooled_projection_dim=WIDTH + 8,
                 pos_embed_max_size=16,
                 dual_attention_layers=(0,),  # as in 3.5 Medium
                 qk_norm="rms_norm",
             ).eval(),
             vae=unquantised(1.5305, 0.0609),
-            text_encoder=clip_text(CLIPTextModelWithProjection, projection_dim=12, eos_token_id=2),
-            text_encoder_2=clip_text(CLIPTextModelWithProjection, projection_dim=8, eos_token_id=2),
+            text_encoder=first,
+            text_encoder_2=clip_text(CLIPTextModelWithProjection, hidden_size=wider, projection_dim=8, eos_token_id=2),
             text_encoder_3=t5.tiny_encoder(wide),
             tokenizer=build(),
             tokenizer_2=build(),

@@ -34,6 +34,7 @@ class SDXL(UNetFolder):
 
     name: ClassVar[str] = "sdxl"
     models: ClassVar[str] = "Stable Diffusion XL and what is derived from it"
+    published = Published("stable-diffusion-xl-custom")
     space: ClassVar[Unsupported | None] = _UNSHARED
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionXLPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {
@@ -62,7 +63,9 @@ class SDXL(UNetFolder):
         )
         levels = {name: unet.missing_level(self.parts[name]) for name in self.text_encoders}
         self.export_names = {
-            "denoiser": ExportNames("unet", "lora_unet", places=original.places(self.settings["denoiser"])),
+            "denoiser": ExportNames(
+                "unet", "lora_unet", places=original.places(self.settings["denoiser"]), single_file=True
+            ),
             "text_encoder": ExportNames("text_encoder", "lora_te1", levels["text_encoder"], "clip_l"),
             "text_encoder_2": ExportNames("text_encoder_2", "lora_te2", levels["text_encoder_2"], "clip_g"),
         }
@@ -100,7 +103,7 @@ class SDXL(UNetFolder):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompt: Conditioning, geometry: Tensor) -> Tensor:
         """The U-Net's answer, [B, C, h, w], for pictures of this ``geometry`` (section 2.2 of the paper)."""
-        told = {"text_embeds": prompt.pooled, "time_ids": geometry.to(prompt.tokens.dtype)}
+        told = {"text_embeds": prompt.pooled, "time_ids": geometry.float()}
         return self.networks["denoiser"](
             noisy, timesteps, encoder_hidden_states=prompt.tokens, added_cond_kwargs=told, return_dict=False
         )[0]
@@ -118,7 +121,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
     from finetune.families.tiny import WIDTH, autoencoder, clip_text, ddim, drawn
     from finetune.tinyworld.tokenizer import build
 
-    pooled, size = 12, 8
+    pooled, size, wider = 12, 8, 24  # the second encoder: diffusers tells the two in a single file apart by it
     with drawn(seed):
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -129,7 +132,7 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
             transformer_layers_per_block=(1, 1, 2),
             norm_num_groups=4,
             attention_head_dim=4,
-            cross_attention_dim=2 * WIDTH,
+            cross_attention_dim=WIDTH + wider,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=size,
@@ -138,7 +141,9 @@ def tiny(path: Path, *, seed: int = 0) -> Path:
         StableDiffusionXLPipeline(
             vae=autoencoder(4),
             text_encoder=clip_text(eos_token_id=2),  # as the published settings have it, wrongly
-            text_encoder_2=clip_text(CLIPTextModelWithProjection, projection_dim=pooled, eos_token_id=2),
+            text_encoder_2=clip_text(
+                CLIPTextModelWithProjection, hidden_size=wider, projection_dim=pooled, eos_token_id=2
+            ),
             tokenizer=build(),
             tokenizer_2=build(),
             unet=unet.eval(),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.families import families
-from finetune.family import Unsupported
+from finetune.family import Unsupported, without_hypernetworks
 
 EVERYWHERE = ("lora", "lokr", "loha", "oft", "full", "embedding", "pivotal")
 """What needs no more than layers and words, which every family has."""
@@ -14,12 +14,11 @@ EVERYWHERE = ("lora", "lokr", "loha", "oft", "full", "embedding", "pivotal")
 
 def support(family: Any) -> dict[str, str | None]:
     """Method -> None where it works in a family, or the reason why it does not."""
-    readers, space = (_reason(found) for found in (family.readers, family.space))
     return {
         **dict.fromkeys(EVERYWHERE),
-        "custom diffusion": readers,
-        "hypernetwork": readers,
-        "aesthetic": space,
+        "custom diffusion": _reason(family.readers),
+        "hypernetwork": without_hypernetworks(family.readers, family.parts["denoiser"].subfolder),
+        "aesthetic": _reason(family.space),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from finetune.tinyworld.captions import words
@@ -15,17 +16,20 @@ TEMPLATE = (
 )
 
 
+def byte_pairs(special: Sequence[str]) -> dict[str, Any]:
+    """``vocab`` and ``merges``: one token for each word of the world, alone and behind a space, bytes for the rest."""
+    merges = merges_for([*words(), *(SPACE + word for word in words())], end="")
+    tokens = dict.fromkeys([*byte_letters(), *(left + right for left, right in merges), *special])
+    return {"vocab": {token: index for index, token in enumerate(tokens)}, "merges": merges}
+
+
 def tokenizer() -> Any:
-    """A Qwen tokenizer: one token for each word of the world, alone and behind a space, bytes for everything else."""
+    """A Qwen tokenizer."""
     from transformers import Qwen2Tokenizer
 
-    letters = byte_letters()
-    merges = merges_for([*words(), *(SPACE + word for word in words())], end="")
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = dict.fromkeys([*letters, *(left + right for left, right in merges), *special])
     return Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=merges,
+        **byte_pairs(special),
         extra_special_tokens=special[1:],
         chat_template=TEMPLATE,
         model_max_length=2048,

@@ -38,7 +38,7 @@ class ZImage(LanguageModelFolder):
         "vae": Part("vae", "diffusers.AutoencoderKL"),
         TEXT_ENCODER: Part("text_encoder", "transformers.Qwen3Model", tokenizer="tokenizer"),
     }
-    length: ClassVar[int] = 512
+    length: int = 512
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
@@ -71,9 +71,7 @@ class ZImage(LanguageModelFolder):
 
     def encode_prompt(self, captions: Sequence[str]) -> Conditioning:
         """The states before the last layer, of each caption's own tokens, those of the template included."""
-        told = self.tokenizers[TEXT_ENCODER](
-            self.read(captions), padding="max_length", max_length=self.length, truncation=True
-        )
+        told = self.told(captions, padding="max_length")
         states = ask(self.networks[TEXT_ENCODER], told)[-2]
         places = [[place for place, real in enumerate(row) if real] for row in told["attention_mask"]]
         return Conditioning.stack([Conditioning(tokens=states[row, own][None]) for row, own in enumerate(places)])

@@ -29,6 +29,16 @@ _DOUBLE = {
     "ff_context.net.2": "txt_mlp.2",
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+}
+_SINGLE = {
+    "proj_out": "linear2",
+    "norm.linear": "modulation.lin",
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
 }
 _WIDER = 4  # the feed-forward layers of a single block than its attention
 
@@ -45,5 +55,5 @@ def places(settings: Mapping[str, Any]) -> dict[str, Place]:
         ours, block = f"single_transformer_blocks.{number}", f"single_blocks.{number}"
         attention = {f"{ours}.attn.to_{part}": 1 for part in "qkv"}
         found |= fused(f"{block}.linear1", attention | {f"{ours}.proj_mlp": _WIDER})
-        found |= renamed({f"{ours}.proj_out": f"{block}.linear2", f"{ours}.norm.linear": f"{block}.modulation.lin"})
+        found |= renamed({f"{ours}.{name}": f"{block}.{other}" for name, other in _SINGLE.items()})
     return found

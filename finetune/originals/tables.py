@@ -12,3 +12,6 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], Places]] = {
     "FluxTransformer2DModel": flux.places,
     "SD3Transformer2DModel": sd3.places,
 }
+"""FLUX.2, Z-Image, Qwen-Image, Lumina 2 and Sana are left out: the names that ComfyUI and kohya's tools look for have
+not been read in those tools' code, and what they do not find they drop without a word.
+"""

@@ -15,16 +15,19 @@ _ENDS = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 _RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
 _ATTENTION = [f"attn{number}.to_{part}" for number in (1, 2) for part in ("q", "k", "v", "out.0")]
-_TRANSFORMER = [*_ATTENTION, "ff.net.0.proj", "ff.net.2"]
+_TRANSFORMER = [*_ATTENTION, "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"]
 
 _DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
@@ -85,7 +88,7 @@ def _resnet(ours: str, path: str) -> dict[str, str]:
 def _attention(ours: str, path: str, depth: int) -> dict[str, str]:
     """Inside, names are the same."""
     inner = [f"transformer_blocks.{index}.{name}" for index in range(depth) for name in _TRANSFORMER]
-    return {f"{ours}.{name}": f"{path}.{name}" for name in ("proj_in", *inner, "proj_out")}
+    return {f"{ours}.{name}": f"{path}.{name}" for name in ("norm", "proj_in", *inner, "proj_out")}
 
 
 def _attends(kind: str) -> bool:

@@ -5,7 +5,7 @@ render(plan, console)   the same for a person
 """
 
 from finetune.plan.build import plan
-from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Memory, Output, Plan
+from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Fit, Memory, Output, Plan
 from finetune.plan.render import render
 
-__all__ = ["Arithmetic", "Cache", "ClassImages", "Concept", "Memory", "Output", "Plan", "plan", "render"]
+__all__ = ["Arithmetic", "Cache", "ClassImages", "Concept", "Fit", "Memory", "Output", "Plan", "plan", "render"]

@@ -20,6 +20,7 @@ from finetune.config.adapters import (
     new_words,
 )
 from finetune.config.objective import SnrWeighting
+from finetune.config.profiles import filled
 from finetune.config.schema import ImagesPrior, ModelPrior
 from finetune.config.summary import summary
 from finetune.data import sources
@@ -38,13 +39,17 @@ from finetune.families.tokens import check_trigger
 from finetune.family import ExportNames, ModelFamily
 from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
 from finetune.plan.memory import adaptation, estimate
-from finetune.plan.skeleton import fill, parameters
+from finetune.plan.profiles import fits
+from finetune.plan.skeleton import fill
 from finetune.train.checkpoint import newest
 from finetune.train.run import RunFolder, decisive
 
 
-def plan(recipe: Recipe, processes: int = 1) -> Plan:
+def plan(recipe: Recipe, processes: int = 1, profiles: bool = False) -> Plan:
     """What ``recipe`` would do on ``processes`` processes.
+
+    Args:
+        profiles: say also what it would need with each profile, which takes as long for each.
 
     Raises:
         UserError: everything that is wrong with the pictures, or doubtful of them with ``data.strict``, or a model,
@@ -53,12 +58,11 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     family = load_family(recipe.model, recipe.objective)
     check_fit(recipe, family)
     found = sources.scan(recipe.data, captioned=recipe.adapter.kind != "aesthetic", words=new_words(recipe.adapter))
-    fill(family, model_folder(recipe.model))
-    networks = {name: parameters(network) for name, network in family.networks.items()}
+    networks = fill(family, model_folder(recipe.model))
     if recipe.adapter.kind == "aesthetic":
         return _untrained(recipe, family, found, networks)
-    groups = attach(recipe.adapter, family, recipe.seed).groups()
-    trainable = {group.name: sum(parameter.numel() for parameter in group.parameters.values()) for group in groups}
+    adapter = attach(recipe.adapter, family, recipe.seed)
+    trainable = {group.name: sum(one.numel() for one in group.parameters.values()) for group in adapter.groups()}
     latents = Latents(family, recipe.data)
     prompts = None if recipe.adapter.trains_text else Prompts(family, recipe.data)
     classes = foreseen(recipe, found)
@@ -66,6 +70,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     sources.refuse_doubts(recipe.data, batches.doubts)
     class_images = tuple(_class_images(recipe, family, found))
     longest = max(batches.final_captions, key=lambda text: family.prompt_length(text, batches.words))
+    memory = estimate(recipe, family, adapter, processes, longest)
     return Plan(
         summary=summary(recipe),
         model=recipe.model.path,
@@ -77,9 +82,11 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         arithmetic=_arithmetic(recipe, found, processes),
         class_images=class_images,
         caches=tuple(_caches(recipe, family, batches)),
-        memory=estimate(recipe, family, networks, groups, processes, longest),
+        memory=memory,
         output=_output(recipe, family.export_names),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
+        profile=filled(recipe),
+        fits=tuple(fits(recipe, memory, processes, longest)) if profiles else (),
     )
 
 

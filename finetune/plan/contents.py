@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from finetune.data.entries import Shape
 
@@ -76,15 +77,38 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """An estimate for one process while it trains, in bytes, part by part with what it was counted from."""
+    """An estimate for one process, in bytes.
+
+    Attributes:
+        parts: of a step.
+        formula: what they were counted from.
+        host: of blocks that lie in the host's memory while a GPU trains. On a CPU they come on top.
+        phases: before and after the steps, when other networks are in memory -> the most that is held.
+    """
 
     parts: dict[str, int]
     formula: str
+    host: int = 0
+    phases: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Of a step."""
         return sum(self.parts.values())
+
+    @property
+    def most(self) -> int:
+        """Of the phase that holds the most."""
+        return max(self.total, *self.phases.values(), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a run would need with a profile, and what a GPU of that profile has room for, in bytes."""
+
+    profile: str
+    bytes: int
+    room: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +135,8 @@ class Plan:
         trainable: parameter group -> parameters; none where nothing is trained.
         shapes: in which pictures of concepts are cut, narrow ones first; none where pictures are not cut.
         arithmetic: None where no steps are taken.
+        profile: what the recipe's profile has set.
+        fits: with each profile; none where they were not asked for.
         notes: what a person should know.
     """
 
@@ -127,3 +153,5 @@ class Plan:
     memory: Memory
     output: Output
     notes: tuple[str, ...]
+    profile: dict[str, Any] = field(default_factory=dict)
+    fits: tuple[Fit, ...] = ()

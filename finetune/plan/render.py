@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.plan.contents import Arithmetic, Concept, Plan
+from finetune.plan.contents import Arithmetic, Concept, Fit, Memory, Plan
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -63,7 +64,14 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
             ],
         )
     parts = ", ".join(f"{name} {size(number)}" for name, number in plan.memory.parts.items())
-    yield "memory", [f"about {size(plan.memory.total)} per process: {parts}", plan.memory.formula]
+    yield (
+        "memory",
+        [f"about {size(plan.memory.total)} per process: {parts}", plan.memory.formula, *_around(plan.memory)],
+    )
+    if plan.profile:
+        yield "profile", [", ".join(f"{key}: {json.dumps(value)}" for key, value in plan.profile.items())]
+    if plan.fits:
+        yield "profiles", list(map(_fit, plan.fits))
     yield "output", [f"{plan.output.folder} ({plan.output.state})", ", ".join(plan.output.files)]
     if plan.notes:
         yield "notes", list(plan.notes)
@@ -79,6 +87,18 @@ def _concept(concept: Concept) -> Iterator[str]:
     yield f"captions: {sources}; {concept.example!r}"
     if concept.trigger:
         yield f"trigger {concept.trigger!r}" + (f", class {concept.class_prompt!r}" if concept.class_prompt else "")
+
+
+def _around(found: Memory) -> Iterator[str]:
+    """What is held elsewhere, and at other times."""
+    if found.host:
+        yield f"{size(found.host)} more in the host's memory; on a CPU, which is the host, nothing is saved"
+    yield ", ".join(f"while {phase} about {size(needed)}" for phase, needed in found.phases.items())
+
+
+def _fit(found: Fit) -> str:
+    verdict = "fits" if found.bytes <= found.room else f"does not fit into {size(found.room)}"
+    return f"{found.profile}: about {size(found.bytes)} at the most, {verdict}"
 
 
 def _steps(found: Arithmetic) -> Iterator[str]:

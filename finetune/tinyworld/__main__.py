@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.tinyworld import commands, document
+from finetune.tinyworld import NAMES, commands, document
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,14 +26,17 @@ def parser() -> argparse.ArgumentParser:
     sheet.add_argument("prompts", nargs="*")
     sheet.add_argument("--out", type=Path, required=True)
     sheet.add_argument("--seed", type=int, default=0)
+    sheet.add_argument("--model", choices=NAMES, default=NAMES[0])
     gates = verbs.add_parser("gates", help="check the judge and the base")
     gates.add_argument("--count", type=int, default=200)
+    gates.add_argument("--model", choices=NAMES, default=NAMES[0])
     filled = verbs.add_parser("document", help="fill docs/tinyworld.md: pictures and tables")
     filled.add_argument("--docs", type=Path, default=Path("docs"))
-    build = verbs.add_parser("build-base", help="train the base and the judge again")
-    build.add_argument("--work", type=Path, required=True, help="pictures, latents and checkpoints; resumes")
-    build.add_argument("--out", type=Path, help="default: the package's own folders")
-    build.add_argument("--scale", type=float, default=1.0, help="steps of every stage, 1 = as shipped")
+    for verb, trained in (("build-base", "the base and the judge"), ("build-flow", "the flow-matching base")):
+        build = verbs.add_parser(verb, help=f"train {trained} again")
+        build.add_argument("--work", type=Path, required=True, help="pictures, latents and checkpoints; resumes")
+        build.add_argument("--out", type=Path, help="default: the package's own folders")
+        build.add_argument("--scale", type=float, default=1.0, help="steps of every stage, 1 = as shipped")
     return top
 
 
@@ -55,9 +58,9 @@ def _run(given: argparse.Namespace) -> int:
         for line in commands.write_captions(given.count, given.out):
             print(json.dumps(line))
     elif given.verb == "sheet":
-        print(commands.write_samples(given.out, given.prompts or None, seed=given.seed))
+        print(commands.write_samples(given.out, given.prompts or None, seed=given.seed, model=given.model))
     elif given.verb == "gates":
-        gates, accuracy = commands.check_gates(count=given.count)
+        gates, accuracy = commands.check_gates(given.model, given.count)
         for gate in gates:
             print(f"{'ok  ' if gate.passed else 'FAIL'} {gate.name}: {gate.value:.3f} (limit {gate.limit})")
         print(", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()))
@@ -65,7 +68,8 @@ def _run(given: argparse.Namespace) -> int:
     elif given.verb == "document":
         document.write(given.docs)
     else:
-        commands.build_base(given.work, given.out, scale=given.scale)
+        build = commands.build_base if given.verb == "build-base" else commands.build_flow
+        build(given.work, given.out, scale=given.scale)
     return 0
 
 

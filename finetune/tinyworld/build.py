@@ -10,7 +10,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,11 +88,20 @@ def build(work: Path, out: Path, budget: Budget, say: Callable[[str], None] = pr
     """
     from finetune.tinyworld.training import card
 
+    minutes = run(stages(work, budget), work, say)
+    export(work, out)
+    steps = ", ".join(f"{name} {count}" for name, count in asdict(budget).items())
+    card.write(out, card.BASE, ("base", "clip", "judge"), seed=SEED, steps=steps, machine=machine(), minutes=minutes)
+    return minutes
+
+
+def run(listed: Mapping[str, Callable[[], None]], work: Path, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Do what of the stages is not done yet, and say how many minutes each of them took, over all interrupted runs."""
     record = work / "minutes.json"
     work.mkdir(parents=True, exist_ok=True)
     minutes: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
-    for name, stage in stages(work, budget).items():
-        if (work / name / "model").exists() or (work / name / "latents.safetensors").exists():
+    for name, stage in listed.items():
+        if any((work / name / made).exists() for made in ("model", "latents.safetensors", "prompts.safetensors")):
             say(f"{name}: there already")
             continue
         begun = time.monotonic()
@@ -100,10 +109,7 @@ def build(work: Path, out: Path, budget: Budget, say: Callable[[str], None] = pr
         minutes[name] = round(minutes.get(name, 0) + (time.monotonic() - begun) / 60, 1)
         record.write_text(json.dumps(minutes, indent=1) + "\n")
         say(f"{name}: {minutes[name]} minutes")
-    export(work, out)
-    steps = ", ".join(f"{name} {count}" for name, count in asdict(budget).items())
-    card.write(out, seed=SEED, steps=steps, machine=machine(), minutes=minutes)
-    return minutes
+    return {name: minutes[name] for name in listed if name in minutes}
 
 
 def export(work: Path, out: Path) -> int:
@@ -112,7 +118,6 @@ def export(work: Path, out: Path) -> int:
     Raises:
         GuardError: when they are larger than ``LIMIT`` together.
     """
-    from finetune.errors import GuardError
     from finetune.tinyworld.training import export as writing
 
     writing.save(writing.pipeline(work), out / "base")
@@ -120,6 +125,17 @@ def export(work: Path, out: Path) -> int:
     (out / "judge").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / "judge" / "model" / "judge.safetensors", out / "judge" / "judge.safetensors")
     (out / "judge" / "judge.safetensors").chmod(0o644)
+    return checked_size(out)
+
+
+def checked_size(out: Path) -> int:
+    """Bytes of everything shipped.
+
+    Raises:
+        GuardError: when they are ``LIMIT`` or more.
+    """
+    from finetune.errors import GuardError
+
     size = shipped_bytes(out)
     if size >= LIMIT:
         raise GuardError(f"{out}: the shipped files hold {size:,} bytes together; expected less than {LIMIT:,}")
@@ -128,7 +144,7 @@ def export(work: Path, out: Path) -> int:
 
 def shipped_bytes(out: Path = HERE) -> int:
     """Bytes of everything shipped."""
-    folders = (out / name for name in ("base", "clip", "judge"))
+    folders = (out / name for name in ("base", "base-flow", "clip", "judge"))
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 

@@ -1,6 +1,6 @@
 """What ``finetune tinyworld …`` does: plain functions that write files and return what they wrote.
 
-No function but ``build_base``, ``write_samples`` and ``check_gates`` loads torch.
+No function but ``build_base``, ``build_flow``, ``write_samples`` and ``check_gates`` loads torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.tinyworld import world
+from finetune.tinyworld import NAMES, pipeline, world
 from finetune.tinyworld.style import heldout_scenes, style, training_scenes
 from finetune.tinyworld.subject import HELDOUT, Subject, instance_scenes, new_scenes, prompt_of, scene_prompts, subject
 from finetune.tinyworld.world import Scene
@@ -135,28 +135,28 @@ def write_style_sheet(out: Path, seeds: list[int]) -> Path:
 
 
 def write_samples(
-    out: Path, prompts: list[str] | None = None, *, count: int = 48, base: Path | None = None, seed: int = 0
+    out: Path, prompts: list[str] | None = None, *, count: int = 48, model: str = NAMES[0], seed: int = 0
 ) -> Path:
-    """A sheet of the base's pictures, for ``prompts`` or for ``count`` unseen captions (written beside it as .txt)."""
+    """A sheet of a base's pictures, for ``prompts`` or for ``count`` unseen captions (written beside it as .txt)."""
     from finetune.tinyworld.sheets import from_floats, sheet
-    from finetune.tinyworld.training.export import load, sample
+    from finetune.tinyworld.training.export import sample
 
     texts = prompts or [str(line["text"]) for line in write_captions(count)]
-    pictures = sample(load(base), texts, seed=seed)
+    pictures = sample(pipeline(model), texts, seed=seed)
     _save(sheet(from_floats(pictures.numpy()), columns=12 if len(texts) > 24 else 8), out)
     out.with_suffix(".txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return out
 
 
-def check_gates(base: Path | None = None, count: int = 200) -> tuple[list[Gate], dict[str, float]]:
-    """The judge's validity gates and the base's prompt accuracy over ``count`` unseen captions, by factor."""
+def check_gates(model: str = NAMES[0], count: int = 200) -> tuple[list[Gate], dict[str, float]]:
+    """The judge's validity gates and a shipped base's prompt accuracy over ``count`` unseen captions, by factor."""
     from finetune.tinyworld import gates
     from finetune.tinyworld.judge import Judge
-    from finetune.tinyworld.training.export import load
 
-    judge, pipeline = Judge.load(), load(base)
-    accuracy = dict(gates.base_accuracy(pipeline, judge, count))
-    return [*gates.judge_gates(judge, pipeline.vae), *gates.base_gates(pipeline, judge, accuracy)], accuracy
+    judge, drawing = Judge.load(), pipeline(model)
+    accuracy = dict(gates.base_accuracy(drawing, judge, count))
+    of_base = gates.base_gates(drawing, judge, accuracy, gates.LEAST[model])
+    return [*gates.judge_gates(judge, drawing.vae), *of_base], accuracy
 
 
 def build_base(work: Path, out: Path | None = None, *, scale: float = 1.0, say: Callable[[str], None] = print) -> None:
@@ -172,9 +172,21 @@ def build_base(work: Path, out: Path | None = None, *, scale: float = 1.0, say: 
     """
     from finetune.tinyworld import build
 
+    build.build(work, out or build.HERE, build.Budget().scaled(_positive(scale)), say)
+
+
+def build_flow(work: Path, out: Path | None = None, *, scale: float = 1.0, say: Callable[[str], None] = print) -> None:
+    """Train the flow-matching base again, on the shipped autoencoder and text encoder; otherwise as ``build_base``."""
+    from finetune.tinyworld import build, build_flow
+
+    steps = max(1, round(build_flow.STEPS * _positive(scale)))
+    build_flow.build(work, out or build.HERE, steps, say)
+
+
+def _positive(scale: float) -> float:
     if scale <= 0:
         raise UserError(f"scale is {scale}; expected a positive number, 1 = as shipped")
-    build.build(work, out or build.HERE, build.Budget().scaled(scale), say)
+    return scale
 
 
 def _claim(out: Path, name: str, seed: int) -> None:

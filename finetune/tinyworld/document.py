@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
-from finetune.tinyworld import commands
+from finetune.tinyworld import commands, pipeline
 
 if TYPE_CHECKING:
     from finetune.tinyworld.gates import Gate
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SUBJECTS, STYLES = [18, 101, 102, 103], [1, 2, 3, 4]
 
 
-def write(docs: Path, base: Path | None = None, count: int = 200) -> None:
+def write(docs: Path, count: int = 200) -> None:
     """Write ``docs/images/tinyworld-*.png`` and the tables of ``docs/tinyworld.md``.
 
     Raises:
@@ -29,12 +29,14 @@ def write(docs: Path, base: Path | None = None, count: int = 200) -> None:
     commands.write_world_sheet(images / "tinyworld-world.png")
     commands.write_subject_sheet(images / "tinyworld-subjects.png", SUBJECTS)
     commands.write_style_sheet(images / "tinyworld-styles.png", STYLES)
-    commands.write_samples(images / "tinyworld-base.png", base=base)
-    commands.write_samples(images / "tinyworld-class.png", ["a star"] * 24, base=base)
-    gates, accuracy = commands.check_gates(base, count)
+    commands.write_samples(images / "tinyworld-base.png")
+    commands.write_samples(images / "tinyworld-class.png", ["a star"] * 24)
+    commands.write_samples(images / "tinyworld-flow.png", model="tinyworld-flow")
+    gates, accuracy = commands.check_gates(count=count)
+    flow = gates_.base_accuracy(pipeline("tinyworld-flow"), Judge.load(), count)
     oracle = gates_.oracle_accuracy(Judge.load(), count)
     fill(docs / "tinyworld.md", "gates", gate_table(gates))
-    fill(docs / "tinyworld.md", "accuracy", accuracy_table(accuracy, oracle))
+    fill(docs / "tinyworld.md", "accuracy", accuracy_table(accuracy, flow, oracle))
 
 
 def gate_table(gates: Sequence[Gate]) -> str:
@@ -47,10 +49,11 @@ def gate_table(gates: Sequence[Gate]) -> str:
     return "\n".join(["| gate | figure | limit | |", "|---|---|---|---|", *rows])
 
 
-def accuracy_table(accuracy: Mapping[str, float], oracle: Mapping[str, float]) -> str:
-    """Prompt accuracy by factor, of the base and of the renderer."""
-    rows = [f"| {name} | {value:.1%} | {oracle[name]:.1%} |" for name, value in accuracy.items()]
-    return "\n".join(["| factor | the base's pictures | the renderer's |", "|---|---|---|", *rows])
+def accuracy_table(accuracy: Mapping[str, float], flow: Mapping[str, float], oracle: Mapping[str, float]) -> str:
+    """Prompt accuracy by factor, of the bases and of the renderer."""
+    rows = [f"| {name} | {value:.1%} | {flow[name]:.1%} | {oracle[name]:.1%} |" for name, value in accuracy.items()]
+    head = "| factor | the base's pictures | the flow-matching base's | the renderer's |"
+    return "\n".join([head, "|---|---|---|---|", *rows])
 
 
 def fill(document: Path, marker: str, text: str) -> None:

@@ -16,7 +16,7 @@ from finetune.tinyworld.unseen import UNSEEN, unseen_captions
 from finetune.tinyworld.world import FACTORS, Scene
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +107,20 @@ def psnr(vae: AutoencoderKL, count: int = 64) -> float:
     return float(-10 * (round_trip(vae, pictures) - pictures).square().mean().log10())
 
 
-def base_gates(base: StableDiffusionPipeline, judge: Judge, accuracy: Mapping[str, float]) -> list[Gate]:
-    """How good the base is: prompt accuracy (from ``base_accuracy``), the renderer's own, and the autoencoder."""
+LEAST = {"tinyworld": 0.90, "tinyworld-flow": 0.85}
+"""Prompt accuracy that each shipped base has to reach; the second has a twelfth of the first's parameters."""
+
+
+def base_gates(base: Any, judge: Judge, accuracy: Mapping[str, float], least: float) -> list[Gate]:
+    """How good a base is: prompt accuracy (from ``base_accuracy``), the renderer's own, and the autoencoder."""
     return [
-        Gate("prompt accuracy of the base", accuracy["all"], 0.90),
+        Gate("prompt accuracy of the base", accuracy["all"], least),
         Gate("prompt accuracy of the renderer", oracle_accuracy(judge)["all"], 0.99),
         Gate("autoencoder round trip, PSNR in dB", psnr(base.vae), 28.0),
     ]
 
 
-def base_accuracy(base: StableDiffusionPipeline, judge: Judge, count: int = 200) -> Mapping[str, float]:
+def base_accuracy(base: Any, judge: Judge, count: int = 200) -> Mapping[str, float]:
     """Prompt accuracy of the base's pictures for unseen captions, for each factor and over all."""
     from finetune.tinyworld.training.export import sample
 

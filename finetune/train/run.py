@@ -21,6 +21,8 @@ from finetune.train.optimizers import require_available
 # divided otherwise as long as a step sees as many pictures; the trainer compares that number.
 _FREE = (
     "output",
+    "profile",
+    "model.block_swap",
     "train.steps",
     "train.batch_size",
     "train.gradient_accumulation_steps",

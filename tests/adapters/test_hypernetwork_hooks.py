@@ -174,7 +174,12 @@ def test_a_model_without_such_layers_is_an_error() -> None:
 
 def test_a_family_that_has_no_such_site_says_why() -> None:
     """§4.5: MMDiT has no meaning of A1111's."""
-    sites = SimpleNamespace(readers=Unsupported("its layers read prompt and picture together"))
-    family: Any = SimpleNamespace(name="sd3", sites=sites)
-    with pytest.raises(UserError, match="no place in sd3: its layers read prompt and picture together"):
-        Hypernetworks(config(), family, 0)
+    together = Unsupported("its layers read prompt and picture together")
+    for readers, why in (
+        (together, together.reason),
+        (("attn2.to_k", "attn2.to_v"), "hypernetworks are files .*U-Net"),
+    ):
+        sites = SimpleNamespace(readers=readers)
+        family: Any = SimpleNamespace(name="other", sites=sites, components={"denoiser": "transformer"})
+        with pytest.raises(UserError, match=f"no place in other: {why}"):
+            Hypernetworks(config(), family, 0)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.evaluation import study
+from finetune.evaluation import methods, study
+from finetune.evaluation.taught import Taught
 
 RECIPE = Path("recipes/configs/dreambooth-tiny.yaml")
 
@@ -19,3 +20,13 @@ def test_a_subject_is_learnt_and_the_prior_spares_its_class(method: str, tmp_pat
         assert found.after.fidelity > found.before.fidelity + 0.15
     assert kept.after.pres < lost.after.pres - 0.2
     assert kept.after.accuracy > kept.before.accuracy - 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.base
+def test_the_flow_matching_model_learns_a_subject(tmp_path: Path) -> None:
+    found = methods.run(methods.Trial("flow", Taught("subject", 211)), tmp_path).outcome
+    assert found is not None
+    before, after = found.evaluation.before, found.evaluation.after
+    assert after.normalised > before.normalised + 0.4
+    assert after.accuracy > before.accuracy - 0.15

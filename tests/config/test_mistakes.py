@@ -110,7 +110,7 @@ def test_each_mistake_has_its_sentence(tmp_path: Path, old: str, new: str, said:
         (["adapter.text_encoder_learning_rate=1e-5"], "is set, but text_encoder is false"),
         (
             ["adapter.kind=full", "export.formats=[kohya]"],
-            "export.formats must hold diffusers or delta: the adapter is 'full'",
+            "export.formats must hold diffusers or delta or single-file: the adapter is 'full'",
         ),
         (["export.formats=[kohya, kohya]"], "must name each format once"),
         (["train.device=cpu", "train.mixed_precision=fp16"], "must be no or bf16 on the CPU"),

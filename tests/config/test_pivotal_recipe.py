@@ -56,7 +56,7 @@ def test_sound_recipes(sections: dict[str, Any]) -> None:
         ({"recipe": "custom_diffusion"}, "adapter.weights.kind", "must be full"),
         ({"export": {"formats": ["kohya"]}}, "export.formats", "for the words"),
         ({"export": {"formats": ["a1111"]}}, "export.formats", "bundle for the weights"),
-        ({"weights": FULL, "export": {"formats": ["a1111"]}}, "export.formats", "delta or diffusers"),
+        ({"weights": FULL, "export": {"formats": ["a1111"]}}, "export.formats", "delta, diffusers or single-file"),
         ({"export": {"formats": ["diffusers", "delta"]}}, "export.formats", "holds delta"),
         ({"weights": FULL, "export": {"formats": ["delta", "a1111", "bundle"]}}, "export.formats", "plain LoRA"),
         ({"weights": {"kind": "lora", "use_dora": True}, "export": {"formats": ["bundle"]}}, "export.formats", "plain"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_the_table_has_a_row_for_each_method_and_names_failures() -> None:
     assert rows["untouched"][:2] == ["0.05 [0.05, 0.05]", "0.05 [0.05, 0.05]"]
     assert set(rows["DoRA"]) == {"–"}
     assert "**failed**: subject-1-dora: ended with exit code 2" in text and "more" not in text.split("failed")[1][:60]
+
+
+def test_another_model_has_an_untouched_row_of_its_own() -> None:
+    own, other = result("lora", 1, 0.8), result("flow", 1, 0.9)
+    assert own.outcome and other.outcome
+    evaluation = replace(other.outcome.evaluation, before=figures(-0.2))
+    other = replace(other, outcome=replace(other.outcome, evaluation=evaluation))
+    titles = {name: method.title for name, method in methods.METHODS.items()}
+    where = {"machine": {"processor": "p", "memory": "m"}, "versions": {"torch": "2"}, "study": {"command": "c"}}
+    for order in ([own, other], [other, own]):
+        lines = comparison.section(order, titles, [], where).splitlines()
+        begin = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line.startswith("|")}
+        assert begin["untouched"].startswith("0.05") and begin["untouched, flow matching"].startswith("-0.20")
+    assert "flow matching |" not in comparison.section([own], titles, [], where)
 
 
 def test_numbers_trained_are_read_from_the_checkpoint(tmp_path: Path) -> None:

@@ -93,6 +93,24 @@ FOREIGN = {
         "diffusers",
     ),
     "diffusers z-image": (peft("transformer.layers.0.attention.to_q", 3840, 3840), "diffusers", "Z-Image", None),
+    "diffusers lumina": (
+        peft("transformer.noise_refiner.0.attn.to_q", 2304, 2304),
+        "diffusers",
+        "Lumina-Image 2.0",
+        None,
+    ),
+    "diffusers sana": (
+        peft("transformer.transformer_blocks.0.attn1.to_q", 2240, 2240),
+        "diffusers",
+        "Sana",
+        "diffusers",
+    ),
+    "diffusers pixart": (
+        peft("transformer.transformer_blocks.0.attn1.to_q", 1152, 1152),
+        "diffusers",
+        None,
+        "diffusers",
+    ),
     "simpletuner": (
         {"lycoris_single_transformer_blocks_0_attn_to_q.lokr_w1": tensor(4, 4)}
         | {"lycoris_single_transformer_blocks_0_attn_to_q.lokr_w2": tensor(8, 8)},

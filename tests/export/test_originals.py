@@ -86,7 +86,12 @@ def test_shapes_of_the_published_weights(model, path, shape):
 def test_the_last_block_of_sd3_makes_nothing_of_the_prompt():
     called = names_of("sd3")["denoiser"]
     last = {place.path for place in called.places.values() if place.path.startswith("joint_blocks.23.context_block")}
-    assert {path.rsplit("context_block.")[1] for path in last} == {"attn.qkv", "adaLN_modulation.1"}
+    assert {path.rsplit("context_block.")[1] for path in last} == {
+        "attn.qkv",
+        "attn.ln_q",
+        "attn.ln_k",
+        "adaLN_modulation.1",
+    }
     swapped = {layer for layer, place in called.places.items() if place.swapped}
     assert swapped == {"norm_out.linear", "transformer_blocks.23.norm1_context.linear"}
 
@@ -95,8 +100,8 @@ def test_only_3_5_medium_has_a_second_attention():
     counts = {}
     for model in ("sd3", "sd3.5-large", "sd3.5-medium"):
         paths = {place.path for place in names_of(model)["denoiser"].places.values()}
-        counts[model] = sum(".attn2." in path for path in paths)
-    assert counts == {"sd3": 0, "sd3.5-large": 0, "sd3.5-medium": 26}
+        counts[model] = sum(".attn2.qkv" in path for path in paths)
+    assert counts == {"sd3": 0, "sd3.5-large": 0, "sd3.5-medium": 13}
 
 
 def test_kohya_knows_722_layers_of_sdxl_and_72_and_192_of_its_text_encoders():

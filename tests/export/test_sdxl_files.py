@@ -70,7 +70,7 @@ def test_kohya_names_are_those_of_the_published_code(files):
     } <= stems
     assert not [stem for stem in stems if re.search("(down|mid|up)_block", stem)]
     with safe_open(path, "pt") as file:
-        assert file.metadata()["modelspec.architecture"] == "stable-diffusion-custom/lora", (
+        assert file.metadata()["modelspec.architecture"] == "stable-diffusion-xl-custom/lora", (
             "the twin is of no such size"
         )
 
@@ -141,6 +141,7 @@ def test_lokr_and_loha_are_merged_by_these_names(tiny_sdxl, recipe, tmp_path):
         ("sdxl", 2048, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL"),
         ("sd", 768, "stable-diffusion-v1", "sd_v1", "SD1"),
         ("sd", 1024, "stable-diffusion-v2", "sd_v2", "SD2"),
+        ("sdxl", 32, "stable-diffusion-xl-custom", "", "Other"),
         ("sd", 32, "stable-diffusion-custom", "", "Other"),
     ],
 )

@@ -16,11 +16,12 @@ from finetune.adapters import attach
 from finetune.config.adapters import EmbeddingConfig
 from finetune.config.schema import ModelConfig
 from finetune.families import families, load_family
-from finetune.family import ModelFamily
+from finetune.families.single_file.layouts import layout_of
+from finetune.family import ModelFamily, writable
 from finetune.randomness import generator
 
 CAPTIONS = ["a large striped red star on grass", "a photo of a sksq star"]
-SIZES = [(16, 16), (16, 32)]  # height and width of a twin's pictures, pixels
+SIZES = [(32, 32), (32, 64)]  # height and width of a twin's pictures, pixels
 
 
 @pytest.fixture(scope="module", params=sorted(families()))
@@ -95,6 +96,7 @@ def in_patches(pipeline: Any, latents: Tensor) -> Tensor:
 
 PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "flux": in_patches,
+    "flux2-dev": lambda pipeline, latents: pipeline._patchify_latents(latents),
     "flux2-klein": lambda pipeline, latents: pipeline._patchify_latents(latents),
     "qwen-image": in_patches,
 }
@@ -162,7 +164,55 @@ def test_a_new_word_of_several_tokens_is_read_alike(family: ModelFamily) -> None
     assert not torch.equal(found.tokens, others.tokens[:, : found.tokens.shape[1]])
 
 
+def test_a_new_word_is_at_first_what_it_was_made_of(family: ModelFamily) -> None:
+    """And prompts without it stay what they were: a table may do more than to hold rows."""
+    texts = ["a photo of a star on grass", "a photo of a red star on grass"]
+    family.require(*family.text_encoders)
+    with torch.no_grad():
+        before = family.encode_prompt(texts)
+        words = {"kind": "embedding", "tokens": [{"token": "<zib>", "initializer": "red star", "vectors": 2}]}
+        attach(EmbeddingConfig.model_validate(words), family, seed=0)
+        after = family.encode_prompt([*texts, "a photo of a <zib> on grass"])
+    for name, tensor in before.tensors.items():
+        for row in (0, 1):
+            assert torch.equal(after.tensors[name][row], tensor[row])
+        torch.testing.assert_close(after.tensors[name][2], tensor[1])
+
+
+def test_every_row_of_blocks_is_known(family: ModelFamily) -> None:
+    """What is packed and swapped: blocks of transformers lie in lists, and a U-Net's around its attention."""
+    family.require("denoiser")
+    denoiser = family.networks["denoiser"]
+    blocks = family.blocks_of(denoiser)
+    rows = {name for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
+    if family.components["denoiser"] == "unet":
+        rows = {
+            name.partition(".attn")[0] for name, _ in denoiser.named_modules() if name.endswith((".attn1", ".attn2"))
+        }
+    assert rows
+    assert {row for row in rows if not any(name == row or name.startswith(f"{row}.") for name in blocks)} == set()
+
+
+def test_the_denoiser_answers_alike_however_it_lies_in_memory(folder: Path) -> None:
+    found = []
+    for held in ({}, {"block_swap": 99}, {"dtype": "bfloat16", "quantize": {"kind": "int8", "text_encoders": True}}):
+        family = load_family(ModelConfig(path=str(folder), **held))
+        family.require("denoiser", *family.text_encoders)
+        noisy = torch.randn(1, family.latent_channels, 8, 8, generator=generator(0, "noisy"))
+        with torch.no_grad():
+            prompt, geometry = family.encode_prompt(CAPTIONS[:1]), torch.tensor([[16, 16, 0, 0, 16, 16]])
+            found.append(family.predict(noisy, torch.tensor([500.0]), prompt, geometry))
+    plain, swapped, packed = found
+    assert torch.equal(swapped, plain)
+    assert packed.dtype == torch.float32 and 0 < (packed - plain).norm() < 0.03 * plain.norm()
+
+
 def test_networks_are_frozen_and_quiet(family: ModelFamily) -> None:
     family.require("denoiser", "vae", *family.text_encoders)
     assert not any(parameter.requires_grad for parameter in family.networks.parameters())
     assert not any(module.training for network in family.networks.values() for module in network.modules())
+
+
+def test_a_family_says_whether_its_models_are_written_as_one_file(family: ModelFamily, folder: Path) -> None:
+    """So that a recipe is refused before anything is trained."""
+    assert bool(writable(("single-file",), family.export_names)) == (layout_of(folder) is not None)

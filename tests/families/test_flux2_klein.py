@@ -53,6 +53,13 @@ def test_the_scale_outlives_the_autoencoder(folder: Path) -> None:
     assert len(fresh.networks) == 0
 
 
+def test_the_scale_is_that_of_the_true_weights(folder: Path) -> None:
+    latents = torch.randn(1, 4, 4, 4, generator=generator(0, "latents"))
+    halved = load_family(ModelConfig(path=str(folder), vae_dtype="bfloat16"))
+    halved.require("vae")
+    assert torch.equal(halved.scale(latents), load(folder, "vae").scale(latents))
+
+
 @pytest.mark.parametrize("size", [(32, 32), (64, 128), (144, 144)])
 def test_times_are_shifted_as_the_pipeline_shifts_them(folder: Path, size: tuple[int, int]) -> None:
     process = load_family(ModelConfig(path=str(folder))).process

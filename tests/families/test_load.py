@@ -78,7 +78,7 @@ def test_a_relative_path_into_an_existing_folder_is_no_hub_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    with pytest.raises(UserError, match="no folder 'models/mine'"):
+    with pytest.raises(UserError, match="no folder or file 'models/mine'"):
         load_family(ModelConfig(path="models/mine"))
 
 

@@ -18,8 +18,9 @@ from finetune.denoise import denoising_error
 from finetune.distributed import start
 from finetune.errors import GuardError
 from finetune.families import load_family
+from finetune.preview import preview
 from finetune.randomness import generator
-from finetune.train import Trainer, preview
+from finetune.train import Trainer
 
 
 class Pictures:

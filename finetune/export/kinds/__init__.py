@@ -7,6 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
+from finetune.config.tools import READS
+from finetune.config.tools import formats as tools_formats
+
 if TYPE_CHECKING:
     from finetune.adapter import Weights
     from finetune.config.schema import Recipe
@@ -37,6 +40,14 @@ class Kind(Protocol):
     LAYOUTS: tuple[str, ...]
     """What its files may look like, the one that ``finetune sample`` draws with first."""
 
+    def require_learned(self, weights: Weights, recipe: Recipe) -> None:
+        """Refuse weights that are where they began, as far as they tell themselves.
+
+        Raises:
+            GuardError: they are.
+        """
+        ...
+
     def write(self, weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
         """Write ``weights`` in the layouts that the recipe names, each file whole or not at all."""
         ...
@@ -64,10 +75,22 @@ class Kind(Protocol):
         ...
 
 
-def wanted(recipe: Recipe, layouts: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``layouts`` that the recipe asks for."""
-    formats = recipe.export.formats
+def wanted(recipe: Recipe, method: str, layouts: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``layouts`` that the recipe asks for, by name or by the tools that read them.
+
+    Args:
+        method: a key of ``finetune.config.tools.READS``; another one where no tool needs what it is.
+    """
+    formats = asked(recipe, method)
     return layouts if formats is None else tuple(name for name in layouts if name in formats)
+
+
+def asked(recipe: Recipe, method: str) -> Sequence[str] | None:
+    """The formats that the recipe asks for; None where it leaves them to the method. Arguments as of ``wanted``."""
+    tools = recipe.export.tools
+    if tools is None:
+        return recipe.export.formats
+    return tools_formats(tools, method) if method in READS else ()
 
 
 def kind(name: str) -> Kind:

@@ -18,7 +18,7 @@ from finetune.export.aesthetic import EMBEDDING, HEADER, load_aesthetic, read, r
 from finetune.export.base import load_base
 from finetune.export.checks import Report, quiet
 from finetune.export.kinds import Contents, wanted
-from finetune.export.metadata import OWN
+from finetune.export.metadata import OWN, base_of, locked
 from finetune.export.pickles import write_pickle
 from finetune.export.read import Identity, identify, read_pickle
 from finetune.families.clip import encoder_digest
@@ -27,6 +27,10 @@ from finetune.files import write_tensors
 
 LAYOUTS = ("diffusers", "a1111")
 DEFAULT_WEIGHT = 0.9  # of a file that does not say it, as in A1111
+
+
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """Nothing is: it is the mean of pictures."""
 
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
@@ -49,7 +53,7 @@ def file_names(recipe: Recipe) -> dict[str, str]:
     """What the files of a recipe are called, by layout."""
     run = Path(recipe.output).absolute().name
     names = {"diffusers": f"{run}.safetensors", "a1111": f"{run}.pt"}
-    return {layout: names[layout] for layout in wanted(recipe, LAYOUTS)}
+    return {layout: names[layout] for layout in wanted(recipe, "aesthetic", LAYOUTS)}
 
 
 def recognise(contents: Contents) -> str | None:
@@ -96,9 +100,9 @@ def _header(weights: Weights, family: ModelFamily, recipe: Recipe) -> dict[str, 
         "kind": "aesthetic",
         "layout": "diffusers",
         "family": family.name,
-        "base": recipe.model.path,
-        "revision": recipe.model.revision or "",
+        **base_of(recipe),
         "recipe": recipe.recipe,
+        "lock": locked(recipe),
     }
     told = {f"{OWN}{name}": text for name, text in own.items() if text}
     return told | {f"{HEADER}{name}": text for name, text in weights.settings.items()}

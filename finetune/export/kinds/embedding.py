@@ -5,6 +5,7 @@ There is no ``.pt`` of a word that several text encoders read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,19 @@ from finetune.family import ExportNames, ModelFamily
 LAYOUTS = ("diffusers", "a1111")
 
 
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """No word may be where it began in all text encoders; the settings say how far each has moved."""
+    moved = json.loads(weights.settings.get("moved", "{}"))
+    for word in dict.fromkeys(name.split(".", 1)[1] for name in moved):
+        if not any(far for name, far in moved.items() if name.split(".", 1)[1] == word):
+            raise GuardError(f"nothing was learned: {word!r} is where it began")
+
+
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """One file a word and layout, two for A1111, which takes either.
 
     Raises:
-        GuardError: the rows are not finite or where they began, or a file reads back differently.
+        GuardError: the rows are not finite, or a file reads back differently.
     """
     check_tensors(weights.tensors)
     dtype = getattr(torch, recipe.export.dtype)
@@ -44,8 +53,6 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
         for layout, names in _file_names(token, list(found), recipe).items():
             header = _header(layout, token, len(next(iter(rows.values()))), weights, family, recipe)
             one = Stored(token, rows, header, recipe.train.total_steps, recipe.model.path)
-            if one.moved == 0.0:
-                raise GuardError(f"nothing was learned: {token!r} is where it began")
             for path in (folder / name for name in names if len(rows) == 1 or not name.endswith(".pt")):
                 write_file(path, one)
                 check_embedding.require_same(path, one)
@@ -106,7 +113,7 @@ def _file_names(token: str, tokens: Sequence[str], recipe: Recipe) -> dict[str, 
     if recipe.adapter.kind == "pivotal" and stem == Path(recipe.output).absolute().name:
         stem += "-word"  # beside it lies a LoRA that is called as the run is
     names = {"diffusers": [f"{plain}.safetensors"], "a1111": [f"{stem}.safetensors", f"{stem}.pt"]}
-    return {layout: names[layout] for layout in wanted(recipe, LAYOUTS)}
+    return {layout: names[layout] for layout in wanted(recipe, "embedding", LAYOUTS)}
 
 
 def _header(

@@ -29,14 +29,24 @@ LAYOUTS = ("diffusers", "a1111")
 NETWORK = "hypernetwork."
 
 
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """The start is a function of the recipe, so it can be made again and compared."""
+    config = recipe.adapter
+    if not isinstance(config, HypernetworkConfig):
+        return
+    start = stored(weights, {}).network()
+    initialise(start, config.init, recipe.seed, config.zero_last)
+    if all(torch.equal(tensor, weights.tensors[f"{NETWORK}{name}"]) for name, tensor in start.state_dict().items()):
+        raise GuardError("nothing was learned: every weight of the hypernetwork is where it began")
+
+
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``<run>.safetensors``, which keeps dropout and settings as they were trained, and ``<run>.pt`` for web UIs.
 
     Raises:
-        GuardError: the weights are not finite, or where they began.
+        GuardError: the weights are not finite.
     """
     check_tensors(weights.tensors)
-    _require_moved(weights, recipe)
     dtype = getattr(torch, recipe.export.dtype)
     one = stored(weights, _facts(weights, recipe), dtype)
     paths = {layout: folder / name for layout, name in file_names(recipe).items()}
@@ -50,7 +60,7 @@ def file_names(recipe: Recipe) -> dict[str, str]:
     """What the files of a recipe are called, by layout."""
     run = Path(recipe.output).absolute().name
     names = {"diffusers": f"{run}.safetensors", "a1111": f"{run}.pt"}
-    return {layout: names[layout] for layout in wanted(recipe, LAYOUTS)}
+    return {layout: names[layout] for layout in wanted(recipe, "hypernetwork", LAYOUTS)}
 
 
 def recognise(contents: Contents) -> str | None:
@@ -109,14 +119,3 @@ def _header(layout: str, one: Stored, weights: Weights, family: ModelFamily, rec
         "finetune.layers": str(len(one.tensors)),
         "modelspec.architecture": architecture,
     }
-
-
-def _require_moved(weights: Weights, recipe: Recipe) -> None:
-    """The start is a function of the recipe, so it can be made again and compared."""
-    config = recipe.adapter
-    if not isinstance(config, HypernetworkConfig):
-        return
-    start = stored(weights, {}).network()
-    initialise(start, config.init, recipe.seed, config.zero_last)
-    if all(torch.equal(tensor, weights.tensors[f"{NETWORK}{name}"]) for name, tensor in start.state_dict().items()):
-        raise GuardError("nothing was learned: every weight of the hypernetwork is where it began")

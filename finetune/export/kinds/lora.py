@@ -21,9 +21,9 @@ from finetune.errors import UserError
 from finetune.export import check_lora, check_lycoris, lycoris_kohya
 from finetune.export.base import load_base
 from finetune.export.checks import Report
-from finetune.export.kinds import Contents, wanted
-from finetune.export.kinds.lycoris import write_file
-from finetune.export.layers import Layer, layers
+from finetune.export.kinds import Contents, asked, wanted
+from finetune.export.kinds.lycoris import ADAPTER, write_file
+from finetune.export.layers import Layer, check_learned, layers
 from finetune.export.lycoris import Change, differences
 from finetune.export.merge import merge
 from finetune.export.metadata import describe, side_file
@@ -34,6 +34,11 @@ from finetune.files import write_json
 LAYOUTS = (*FORMATS, "difference")
 
 
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """``lora_B`` is zero at first."""
+    check_learned(layers(weights))
+
+
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``pytorch_lora_weights.safetensors`` for diffusers, and ``<run>.safetensors`` with its card for other tools."""
     found = layers(weights)
@@ -42,12 +47,14 @@ def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -
 
 def layouts(recipe: Recipe, names: Mapping[str, ExportNames]) -> tuple[str, ...]:
     """The layouts that a recipe's LoRA is written in, for a family of these names."""
-    asked = wanted(recipe, writable(tuple(FORMATS), names))
     adapter = recipe.adapter.weights if isinstance(recipe.adapter, PivotalConfig) else recipe.adapter
-    if not (isinstance(adapter, LoraConfig) and adapter.use_dora):
-        return asked
-    others = ("difference",) if recipe.export.formats and "kohya" in asked else ()
-    return (*(name for name in asked if name != "kohya"), *others)
+    dora = isinstance(adapter, LoraConfig) and adapter.use_dora
+    method = "dora" if dora else "lora"
+    found = wanted(recipe, method, writable(tuple(FORMATS), names))
+    if not dora:
+        return found
+    others = ("difference",) if asked(recipe, method) and "kohya" in found else ()
+    return (*(name for name in found if name != "kohya"), *others)
 
 
 def recognise(contents: Contents) -> str | None:
@@ -83,13 +90,22 @@ def apply(pipeline: Any, found: Identity, strength: float) -> None:
         merge(pipeline, read_tensors(found.path), strength)
         return
     try:
-        pipeline.load_lora_weights(str(found.path), adapter_name="sampled")
+        pipeline.load_lora_weights(str(found.path), adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"{found.path} does not fit the base: {str(error).splitlines()[0]}") from error
-    if not any("sampled" in held for held in pipeline.get_list_adapters().values()):
+    if not any(ADAPTER in held for held in pipeline.get_list_adapters().values()):
         raise UserError(f"{found.path}: diffusers knows none of its layers in {type(pipeline).__name__}")
     if strength != 1.0:
-        pipeline.set_adapters(["sampled"], [strength])
+        rescale(pipeline, strength)
+
+
+def rescale(pipeline: Any, strength: float) -> None:
+    """Let the LoRA of ``apply`` count as much; at 0 the model is what it was before, DoRA's lengths too."""
+    if strength == 0.0:
+        pipeline.disable_lora()
+        return
+    pipeline.enable_lora()
+    pipeline.set_adapters([ADAPTER], [strength])
 
 
 def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> dict[str, str]:

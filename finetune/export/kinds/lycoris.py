@@ -20,8 +20,8 @@ from finetune.errors import GuardError, UserError
 from finetune.export import check_lycoris, lycoris_kohya, lycoris_peft
 from finetune.export.base import load_base
 from finetune.export.checks import Report
-from finetune.export.kinds import Contents, wanted
-from finetune.export.lycoris import Change, changes
+from finetune.export.kinds import Contents, asked, wanted
+from finetune.export.lycoris import Change, changes, check_learned
 from finetune.export.merge import merge
 from finetune.export.metadata import OWN, describe, side_file
 from finetune.export.names import fuses
@@ -31,6 +31,11 @@ from finetune.files import write_json, write_tensors
 
 LAYOUTS = ("peft", "kohya")
 ADAPTER = "sampled"
+
+
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """One factor, or the rotation, is zero at first."""
+    check_learned(changes(weights))
 
 
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
@@ -135,10 +140,10 @@ def file_names(recipe: Recipe, algorithm: str, names: Mapping[str, ExportNames])
     """
     run = Path(recipe.output).absolute().name
     possible = LAYOUTS if algorithm != "oft" else ("peft",)  # OFT of LyCORIS' tools turns outputs, not inputs
-    if algorithm == "lokr" and fuses(names) and not recipe.export.formats:
+    if algorithm == "lokr" and fuses(names) and not asked(recipe, algorithm):
         possible = ("peft",)
     files = {"peft": f"{run}-peft.safetensors", "kohya": f"{run}.safetensors"}
-    return {layout: files[layout] for layout in wanted(recipe, writable(possible, names))}
+    return {layout: files[layout] for layout in wanted(recipe, algorithm, writable(possible, names))}
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

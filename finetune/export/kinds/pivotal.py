@@ -26,6 +26,10 @@ from finetune.files import write_json
 LAYOUTS = ("bundle",)
 
 
+def require_learned(weights: Weights, recipe: Recipe) -> None:
+    """Each part is asked for itself, as it is exported for itself."""
+
+
 def write(weights: Weights, family: ModelFamily, recipe: Recipe, folder: Path) -> list[Path]:
     """``<run>-bundle.safetensors`` with its card, where the recipe has a LoRA that can be bundled."""
     if not (names := file_names(recipe, family.export_names)):
@@ -49,7 +53,7 @@ def layouts(recipe: Recipe, names: Mapping[str, ExportNames]) -> tuple[str, ...]
         return ()
     if adapter.weights.use_dora or any("." in token.token for token in adapter.embedding.tokens):
         return ()
-    return wanted(recipe, writable(LAYOUTS, names))
+    return wanted(recipe, "pivotal", writable(LAYOUTS, names))
 
 
 def file_names(recipe: Recipe, names: Mapping[str, ExportNames]) -> dict[str, str]:

@@ -18,10 +18,17 @@ from finetune.export.lycoris import Change
 from finetune.export.metadata import OWN
 from finetune.export.read import Identity, identify, locate, read_header
 from finetune.export.stream import require_new, writing
-from finetune.export.tools.save import common_alpha, number_type, save
+from finetune.export.tools.save import common_alpha, number_type, require_adapter_file, save
 from finetune.export.tools.source import Source, groups
 
 _WHOLE = {"embedding": ("diffusers", "a1111"), "hypernetwork": ("diffusers", "a1111")}
+
+_SUFFIXES = {
+    ("embedding", "diffusers"): (".safetensors",),
+    ("embedding", "a1111"): (".safetensors", ".pt"),
+    ("hypernetwork", "diffusers"): (".safetensors",),
+    ("hypernetwork", "a1111"): (".pt",),
+}
 
 
 def convert(path: Path, out: Path, to: str, *, dtype: str | None = None, base: str | None = None) -> Path:
@@ -44,6 +51,7 @@ def convert(path: Path, out: Path, to: str, *, dtype: str | None = None, base: s
     whole = _whole(path)
     if whole is not None:
         return _convert_whole(whole, out, _layout(to, _WHOLE[whole.kind], whole.kind))
+    require_adapter_file(out)
     source = Source(path, base)
     numbers = number_type(dtype) if dtype else source.dtype
     to = _layout(to, kind(source.kind).LAYOUTS, source.kind)
@@ -78,12 +86,14 @@ def _whole(path: Path) -> Identity | None:
 
 
 def _convert_whole(found: Identity, out: Path, to: str) -> Path:
+    suffixes = _SUFFIXES[found.kind, to]
+    if out.suffix not in suffixes:
+        said = f"written as {' or '.join(suffixes)}, not {out.suffix or 'without a suffix'}"
+        raise UserError(f"{out}: a {found.kind} of layout {to} is {said}")
     metadata = {**found.metadata, f"{OWN}layout": to} if found.metadata else {}
     if found.kind == "hypernetwork":
         hypernetwork.write(out, hypernetwork.read(found.path), metadata)
         return out
-    if out.suffix not in (".safetensors", ".pt"):
-        raise UserError(f"{out}: words are written as .safetensors or .pt, not {out.suffix or 'without a suffix'}")
     word = embedding.read(found.path)
     if out.suffix == ".pt" and set(word.parts) != {embedding.ALONE}:
         raise UserError(f"{out}: there is no .pt of a word that several text encoders read")

@@ -16,9 +16,9 @@ from finetune.errors import GuardError, UserError
 from finetune.export.full import weight_files
 from finetune.export.layers import Layer
 from finetune.export.metadata import OWN
-from finetune.export.stream import require_new, shapes, tensors
+from finetune.export.stream import shapes, tensors
 from finetune.export.tools.lowrank import Rule, cut, total_kept
-from finetune.export.tools.save import number_type, save
+from finetune.export.tools.save import number_type, require_adapter_file, save
 from finetune.export.tools.source import groups
 from finetune.family import ModelFamily
 
@@ -57,7 +57,7 @@ def extract(
     """
     from finetune.families import load_family
 
-    require_new(out)
+    require_adapter_file(out)
     families = [load_family(ModelConfig(path=path)) for path in (tuned, base)]
     if families[0].name != families[1].name:
         raise UserError(f"{tuned} is of family {families[0].name}, {base} of {families[1].name}")

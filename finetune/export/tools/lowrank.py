@@ -89,9 +89,21 @@ class Cut(NamedTuple):
 
 
 def cut(network: str, module: str, change: Tensor, rule: Rule) -> Cut:
-    """A whole change [out, in, ...] as factors, float32."""
-    u, values, v = torch.linalg.svd(change.flatten(1).float(), full_matrices=False)
-    return _cut(network, module, (u, values, v), change.shape[1:], rule)
+    """A whole change [out, in, ...] as factors, float32.
+
+    The singular vectors of the shorter side are the eigenvectors of ``D D^T``, in float64, which loses nothing that
+    float32 holds and takes a fraction of the time of a decomposition of a wide matrix.
+    """
+    matrix = change.flatten(1).double()
+    tall = len(matrix) > matrix.shape[1]
+    side = matrix.T if tall else matrix
+    squares, vectors = torch.linalg.eigh(side @ side.T)
+    values = squares.flip(0).clamp(min=0).sqrt()
+    rank = rule.choose(values)
+    short = vectors.flip(1)[:, :rank]
+    long = short.T @ side / values[:rank, None].clamp(min=torch.finfo(torch.float64).tiny)
+    u, v = (long.T, short.T) if tall else (short, long)
+    return _cut(network, module, (u, values, v), change.shape[1:], rank)
 
 
 def recut(layer: Layer, rule: Rule) -> Cut:
@@ -101,7 +113,7 @@ def recut(layer: Layer, rule: Rule) -> Cut:
     left, right = torch.linalg.qr(layer.up.double().flatten(1)), torch.linalg.qr(layer.down.double().flatten(1).T)
     u, values, v = torch.linalg.svd(layer.scale * left.R @ right.R.T)
     parts = (left.Q @ u, values, v @ right.Q.T)
-    found = _cut(layer.network, layer.module, parts, layer.down.shape[1:], rule)
+    found = _cut(layer.network, layer.module, parts, layer.down.shape[1:], rule.choose(values))
     return found._replace(layer=replace(found.layer, magnitude=layer.magnitude))
 
 
@@ -111,9 +123,9 @@ def total_kept(cuts: Sequence[tuple[float, float]]) -> float:
     return sum(kept * squares for kept, squares in cuts) / whole if whole else 1.0
 
 
-def _cut(network: str, module: str, parts: tuple[Tensor, Tensor, Tensor], inputs: Sequence[int], rule: Rule) -> Cut:
+def _cut(network: str, module: str, parts: tuple[Tensor, Tensor, Tensor], inputs: Sequence[int], rank: int) -> Cut:
+    """The first ``rank`` of the triples u [out, .], values, v [., in]; all values are given."""
     u, values, v = parts
-    rank = rule.choose(values)
     signs = torch.sign(u[:, :rank].gather(0, u[:, :rank].abs().argmax(0, keepdim=True)))  # which are arbitrary
     roots = values[:rank].sqrt()
     up = (u[:, :rank] * signs * roots).float()

@@ -13,11 +13,10 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.export.layers import Layer
 from finetune.export.metadata import OWN
-from finetune.export.stream import require_new
 from finetune.export.tools import combine
 from finetune.export.tools.lowrank import Rule, cut, recut, total_kept
 from finetune.export.tools.method import FACTORS, Method, whole
-from finetune.export.tools.save import number_type, save
+from finetune.export.tools.save import number_type, require_adapter_file, save
 from finetune.export.tools.source import Source, groups
 
 _OF_A_BASE = ("ss_base_model_version", "modelspec.architecture")
@@ -55,7 +54,9 @@ def merge(
         UserError: the files are not LoRAs of one base, hold DoRA, whose changes do not add up, or their ranks or
             shapes do not fit the method.
     """
-    require_new(out)
+    require_adapter_file(out)
+    if rank is not None and method.name in FACTORS:
+        raise UserError(f"rank {rank} has no part in {method.name}, which cuts nothing off; svd is the sum at a rank")
     sources = [Source(path, base) for path in paths]
     _require_fitting(sources, method, base)
     to = to or ("kohya" if sources[0].layout == "kohya" else "diffusers")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.export.layers import Layer
-from finetune.export.stream import require_new
 from finetune.export.tools.convert import write_changes
-from finetune.export.tools.save import common_alpha, save
+from finetune.export.tools.save import common_alpha, require_adapter_file, save
 from finetune.export.tools.source import Source, groups
 
 
@@ -36,7 +35,7 @@ def prune(
     Raises:
         UserError: an expression is broken or fits no layer, or no layer or all of them are left.
     """
-    require_new(out)
+    require_adapter_file(out)
     if not keep and not drop:
         raise UserError("say which layers to keep or to drop: --keep 'unet.up_blocks.1' or --drop text_encoder")
     source = Source(path, base)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from finetune.families.single_file.layouts import SDXL
+from finetune.families.single_file.published import documents
 from finetune.family import ExportNames
 from finetune.originals import flux, unet
 
 _LEVEL = "text_model."
-_SDXL = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-}
+_SDXL = documents(SDXL, "epsilon")["unet/config.json"]
 _SD = {
     "denoiser": ExportNames("unet", "lora_unet"),
     "text_encoder": ExportNames("text_encoder", "lora_te", _LEVEL),

@@ -10,9 +10,8 @@ from pathlib import Path
 from finetune.errors import UserError
 from finetune.export.layers import Layer
 from finetune.export.metadata import OWN
-from finetune.export.stream import require_new
 from finetune.export.tools.lowrank import Rule, recut, total_kept
-from finetune.export.tools.save import common_alpha, number_type, save
+from finetune.export.tools.save import common_alpha, number_type, require_adapter_file, save
 from finetune.export.tools.source import Source, groups
 
 
@@ -41,7 +40,7 @@ def resize(
     Raises:
         UserError: the file is no LoRA.
     """
-    require_new(out)
+    require_adapter_file(out)
     source = Source(path, base)
     if source.kind != "lora":
         raise UserError(f"{source.path}: is {source.kind}, whose rank cannot be changed without training")

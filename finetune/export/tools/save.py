@@ -36,6 +36,17 @@ def number_type(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def require_adapter_file(out: Path) -> None:
+    """Refuse a path that an adapter cannot be written to.
+
+    Raises:
+        UserError: there is something already, or the suffix is another.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: adapters are written as .safetensors, not {out.suffix or 'without a suffix'}")
+    require_new(out)
+
+
 def save(
     out: Path,
     layout: str,
@@ -55,9 +66,8 @@ def save(
             in the last case each layer's own, the rank, where it is not given.
 
     Raises:
-        UserError: there is a file already, the layout has no place for DoRA's lengths, or there are no layers.
+        UserError: the layout has no place for DoRA's lengths, or there are no layers.
     """
-    require_new(out)
     layers, ranks, alphas, convolves = 0, Counter[int](), Counter[float](), False
     with writing(out) as writer:
         for block in blocks:

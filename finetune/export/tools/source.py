@@ -27,6 +27,8 @@ from finetune.family import ExportNames, ModelFamily
 ALPHA = f"{OWN}alpha"
 """Header of files whose layout has no alpha: the one that their layers had in common."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BLOCK = re.compile(r"[^.]+\.(.*?\.)?\d+(\.(attentions|resnets)\.\d+)?(?=\.|$)")
+"""The part of a layer's name up to its first number, and in levels of U-Nets up to the second."""
 _PARTS = {
     "unet": "denoiser",
     "transformer": "denoiser",
@@ -148,11 +150,11 @@ class Source:
 
 
 def groups(names: Sequence[str]) -> list[list[str]]:
-    """Layers that a layout may write together: those of one block, up to the first number in their names."""
+    """Layers that a layout may write together: those of one block."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
-        numbered = re.match(r"[^.]+\.(.*?\.)?\d+(?=\.|$)", name)
-        found.setdefault(numbered[0] if numbered else name.partition(".")[0], []).append(name)
+        block = _BLOCK.match(name)
+        found.setdefault(block[0] if block else name.partition(".")[0], []).append(name)
     return list(found.values())
 
 
@@ -216,18 +218,17 @@ def _kind(path: Path, stems: Iterable[Mapping[str, Key]]) -> str:
 
 
 def _family(metadata: Mapping[str, str], base: str | None) -> ModelFamily | None:
-    from finetune.families import load_family
+    from finetune.families import at_hand, load_family
 
-    said = base or metadata.get(f"{OWN}base")
-    if not said:
+    if base:
+        return load_family(ModelConfig(path=base))
+    if not (said := metadata.get(f"{OWN}base")):
         return None
+    config = ModelConfig(path=said, revision=metadata.get(f"{OWN}revision") or None)
     try:
-        revision = None if base else metadata.get(f"{OWN}revision")
-        return load_family(ModelConfig(path=said, revision=revision))
+        return load_family(config) if at_hand(config) else None  # nothing is fetched for the sake of names
     except UserError:
-        if base:
-            raise
-        return None  # the header speaks of a model that is not on this machine
+        return None  # of an architecture that is not known here
 
 
 def _published(path: Path, keys: Sequence[Key], sizes: Mapping[str, Sequence[int]]) -> Mapping[str, ExportNames]:

@@ -26,6 +26,17 @@ from finetune.originals import unet
 
 LOW_RANK = {"down", "up", "mid", "alpha", "magnitude", "dora_scale"}
 """Parts of a LoRA's layer."""
+_MIDDLES = (
+    ("hada_t1", "hada_w1_a", "hada_w1_b"),
+    ("hada_t2", "hada_w2_a", "hada_w2_b"),
+    ("lokr_t2", "lokr_w2_a", "lokr_w2_b"),
+)
+_NO_CHANGE = {
+    "dora_scale": "DoRA of another method than LoRA",
+    "diff_b": "a trained bias",
+    "w_norm": "a trained norm",
+    "b_norm": "a trained norm",
+}
 _ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks)_")
 _DENOISER = {"unet", "transformer", "diffusion_model", "lora_unet", "lora_transformer", "lycoris"}
 _PLACES = {  # of a text encoder among those of a model
@@ -110,8 +121,26 @@ def changes(keys: Mapping[str, Key], tensors: Mapping[str, Tensor], names: Names
     one = next(iter(keys.values()))
     network = network_of(one, names)
     stem, called = _stem(one, names[network])
-    held = {f"{stem}.{part}": tensors[key.text] for part, key in keys.items()}
+    parts = _without_middle({part: tensors[key.text] for part, key in keys.items()})
+    for part, what in _NO_CHANGE.items():
+        if part in parts:
+            raise UserError(f"{keys[part].text!r} cannot be taken over: it is {what}, which no layer here has")
+    held = {f"{stem}.{part}": tensor for part, tensor in parts.items()}
     return lycoris_kohya.unpack(held, {**names, network: called})
+
+
+def _without_middle(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tucker's decomposition of a convolution as two factors, the second of which takes the middle one over.
+
+    LyCORIS makes ``W[p, r, ...] = sum_ij t[i, j, ...] a[i, p] b[j, r]`` of the middle factor t [rank, rank, k, k] and
+    outer ones [rank, out] and [rank, in]; without t they are [out, rank] and [rank, in * k * k].
+    """
+    for middle, first, second in _MIDDLES:
+        if middle in parts and {first, second} <= parts.keys():
+            inner = torch.einsum("ij...,jr->ir...", parts[middle].float(), parts[second].float())
+            taken = {first: parts[first].T.contiguous(), second: inner.flatten(1).to(parts[second])}
+            parts = {part: tensor for part, tensor in parts.items() if part != middle} | taken
+    return parts
 
 
 class Config:

@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from finetune.tinyworld import BASE
+from finetune.tinyworld.flow_base import text_encoder
 from finetune.tinyworld.tokenizer import build as build_tokenizer
 from finetune.tinyworld.training import latents
+from finetune.tinyworld.training.flow import build_scheduler as build_flow_scheduler
 from finetune.tinyworld.training.unet import build_scheduler
 
 WEIGHTS = ("unet", "vae", "text_encoder")
@@ -43,11 +53,7 @@ def save(base: StableDiffusionPipeline, folder: Path) -> None:
     """Write an ordinary pipeline folder whose weights are stored in float16."""
     base.save_pretrained(folder)
     for part in WEIGHTS:
-        for path in (folder / part).glob("*.safetensors"):
-            stored = load_file(path)
-            halves = {key: value.half() if value.is_floating_point() else value for key, value in stored.items()}
-            save_file(halves, path, metadata={"format": "pt"})
-            path.chmod(0o644)
+        _halve(folder / part)
     for config in folder.glob("*/config.json"):
         entries = json.loads(config.read_text())
         entries.pop("_name_or_path", None)  # where it was trained is nobody's business
@@ -56,16 +62,46 @@ def save(base: StableDiffusionPipeline, folder: Path) -> None:
         config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
-def load(folder: Path | None = None) -> StableDiffusionPipeline:
-    """A shipped base (the package's own by default), float32 on the CPU."""
-    from finetune.tinyworld import BASE
+def _halve(folder: Path) -> None:
+    """Store a part's weights in float16."""
+    for path in folder.glob("*.safetensors"):
+        stored = load_file(path)
+        halves = {key: value.half() if value.is_floating_point() else value for key, value in stored.items()}
+        save_file(halves, path, metadata={"format": "pt"})
+        path.chmod(0o644)
 
-    loaded: Any = StableDiffusionPipeline.from_pretrained(folder or BASE, safety_checker=None)
-    return loaded
+
+def save_flow(denoiser: Path, folder: Path) -> None:
+    """Write what the flow-matching base does not share with the other: denoiser, scheduler, ``model_index.json``."""
+    text, words = text_encoder(), build_tokenizer()
+    loaded: Any = SD3Transformer2DModel.from_pretrained(denoiser)
+    whole = StableDiffusion3Pipeline(
+        transformer=loaded,
+        vae=AutoencoderKL.from_pretrained(BASE / "vae"),  # type: ignore[arg-type]
+        scheduler=build_flow_scheduler(),
+        **dict.fromkeys(("text_encoder", "text_encoder_2"), text),
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), words),
+        **dict.fromkeys(("text_encoder_3", "tokenizer_3")),
+    )
+    whole.save_config(folder)
+    whole.scheduler.save_pretrained(folder / "scheduler")
+    loaded.save_pretrained(folder / "transformer")
+    _halve(folder / "transformer")
+    settings = folder / "transformer" / "config.json"
+    entries = json.loads(settings.read_text(encoding="utf-8"))
+    entries.pop("_name_or_path", None)
+    settings.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path = BASE) -> Any:
+    """The pipeline of a shipped base, float32 on the CPU."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    absent = [name for name, value in index.items() if value == [None, None]]
+    return DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(absent))  # which asks to be told of each
 
 
 def sample(
-    base: StableDiffusionPipeline,
+    base: Any,
     prompts: list[str],
     *,
     seed: int = 0,

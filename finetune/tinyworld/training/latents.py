@@ -51,6 +51,12 @@ def _encode(task: tuple[Path, Path, int, int]) -> tuple[NDArray[np.float16], NDA
     return torch.cat(means).contiguous().numpy(), torch.cat(logvars).contiguous().numpy()
 
 
+def sampled(mean: Tensor, logvar: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents of some scenes, unscaled, float32 (B, 4, 16, 16), drawn from what the autoencoder says of each."""
+    noise = torch.randn(len(rows), *mean.shape[1:], generator=generator)
+    return mean[rows].float() + (0.5 * logvar[rows].float()).exp() * noise
+
+
 def rounded(model: Module) -> Module:
     """The model with every weight rounded to what float16 can hold: the weights as shipped, computed in float32."""
     return model.half().float()  # type: ignore[no-any-return]

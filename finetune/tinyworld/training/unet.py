@@ -67,8 +67,7 @@ def velocity_loss(
         signal: the schedule's abar, float (1000,).
     """
     count = len(clean)
-    strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    times = (strata * len(signal)).long()
+    times = (strata(count, generator) * len(signal)).long()
     noise = torch.randn(clean.shape, generator=generator)
     abar = signal[times, None, None, None]
     noisy, target = abar.sqrt() * clean + (1 - abar).sqrt() * noise, abar.sqrt() * noise - (1 - abar).sqrt() * clean
@@ -76,6 +75,11 @@ def velocity_loss(
         guess = unet(noisy, times, context).sample
     snr = signal[times] / (1 - signal[times])
     return ((guess.float() - target).square().mean((1, 2, 3)) * weight_of(snr)).mean()
+
+
+def strata(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers (B,), one in each of ``count`` equal parts of [0, 1)."""
+    return (torch.arange(count) + torch.rand(count, generator=generator)) / count
 
 
 def weight_of(snr: Tensor) -> Tensor:
@@ -105,8 +109,7 @@ def train(
         key = int(torch.randint(2**31, (), generator=generator))
         words = [caption_for(scenes, int(row), key) for row in rows]
         ids = tokenizer(words, padding="max_length", return_tensors="pt").input_ids
-        noise = torch.randn(len(rows), *mean.shape[1:], generator=generator)
-        clean = (mean[rows].float() + (0.5 * logvar[rows].float()).exp() * noise) * scale
+        clean = latents.sampled(mean, logvar, rows, generator) * scale
         context = text(ids).last_hidden_state
         return velocity_loss(network, clean, context, signal, generator)
 

@@ -319,8 +319,12 @@ def test_words_of_a_file_and_a_pickle(tmp_path):
     there = convert(tmp_path / "learned_embeds.safetensors", tmp_path / "zib.pt", "a1111")
     back = convert(there, tmp_path / "back.safetensors", "diffusers")
     assert torch.equal(load_file(back)["<zib>"], rows)
-    with pytest.raises(UserError, match=r"written as \.safetensors or \.pt"):
-        convert(there, tmp_path / "zib.bin", "a1111")
+    for to, name, words in (
+        ("a1111", "zib.bin", r"\.safetensors or \.pt"),
+        ("diffusers", "no.pt", r"\.safetensors, not"),
+    ):
+        with pytest.raises(UserError, match=rf"layout {to} is written as {words}"):
+            convert(there, tmp_path / name, to)
 
 
 def test_without_the_base_the_names_are_those_of_the_published_model(tmp_path):

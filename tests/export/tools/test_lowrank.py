@@ -69,6 +69,24 @@ def test_a_cut_is_the_nearest_of_its_rank(shape):
     assert torch.equal(cut("denoiser", "x", change, Rule(rank=5)).layer.up, found.layer.up)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_small_values_beside_large_ones_are_right(shape):
+    """Squaring a matrix must not lose what float32 holds: values down to a millionth of the largest."""
+    u, _, v = torch.linalg.svd(
+        torch.randn(shape, generator=generator(2, "c"), dtype=torch.float64), full_matrices=False
+    )
+    values = torch.logspace(0, -6, 12, dtype=torch.float64)
+    change = (u * values @ v).float()
+    found = cut("denoiser", "x", change, Rule(rank=12))
+    torch.testing.assert_close(found.layer.delta(), change, rtol=0, atol=2e-7)
+    assert found.layer.rank == 12
+
+
+def test_no_change_is_no_nan():
+    found = cut("denoiser", "x", torch.zeros(4, 6), Rule(rank=2))
+    assert found.layer.rank == 1 and not found.layer.delta().any() and found.kept == 1.0
+
+
 @pytest.mark.parametrize("convolution", [False, True])
 def test_factors_are_cut_like_their_product(convolution):
     draw = generator(1, "factors")

@@ -127,6 +127,8 @@ def test_what_does_not_belong_together_is_refused(files, other, tiny_sd, tiny_sd
     refused("is DoRA, whose changes do not add up", one, files(tiny_sd, use_dora=True)[1])
     refused("did you mean 'ties'", one, one, method="tiesed")
     refused("density is 0", one, one, method="ties", density=0.0)
+    with pytest.raises(UserError, match="rank 2 has no part in concat"):
+        merge([one, one], out, Method("concat", (1.0, 1.0)), rank=2)
     refused("drop is 1", one, one, method="dare-sum", drop=1.0)
     tensors, said = load_file(one), read_header(one)[1]
     save_file(tensors, tmp_path / "base.safetensors", {**said, "finetune.base": "tinyworld"})
