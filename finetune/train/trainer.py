@@ -121,6 +121,7 @@ class Trainer:
         optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.peak_learning_rate)
         require_one_home(networks, self._groups, optimizer)
         if processes.shards_weights:
+            _require_plain(recipe)
             adapter.share_networks()
         also = ["denoiser"] if processes.shards_weights else []
         self._trainee = Trainee(networks, loss, adapter.penalty, also)
@@ -357,3 +358,14 @@ class Trainer:
     def _samples_per_step(self) -> int:
         train = self.recipe.train
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
+
+
+def _require_plain(recipe: Recipe) -> None:
+    """Refuse what has its own place for weights that the engine would deal out.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key in ("quantize", "block_swap"):
+        if getattr(recipe.model, key):
+            raise UserError(f"model.{key} does not work with ZeRO-3, which deals the base out; take zero2 or ddp")

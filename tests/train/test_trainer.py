@@ -14,7 +14,7 @@ from finetune.adapter import ParameterGroup
 from finetune.engine import Reached, came_of
 from finetune.errors import GuardError, UserError
 from finetune.train.guards import GradientWatch, NormGuard, require_one_home
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import Trainer, _require_plain
 
 
 def run(trainer: Trainer, **options: Any) -> dict[str, Tensor]:
@@ -220,3 +220,11 @@ def test_overflows_in_a_row_end_a_float16_run() -> None:
         guard.check(norm, 1, ["a.png"])
     with pytest.raises(GuardError, match=r"gradient of step 7 is not finite.*a.png"):
         guard.check(float("nan"), 7, ["a.png"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("quantize", {"kind": "int8"}), ("block_swap", 2)])
+def test_weights_with_a_place_of_their_own_are_not_dealt_out(tmp_path: Path, key: str, value: object) -> None:
+    config = recipe(tmp_path / "run", steps=1)
+    model = type(config.model).model_validate({key: value})
+    with pytest.raises(UserError, match=rf"model\.{key} does not work with ZeRO-3"):
+        _require_plain(config.model_copy(update={"model": model}))
