@@ -18,9 +18,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from finetune import zero
 from finetune.config.schema import TrainConfig
-from finetune.engine import Engine, Replicated
+from finetune.engines import Engine, zero_settings
+from finetune.engines.replicated import Replicated
+from finetune.engines.zero import Zero
 from finetune.errors import GuardError, Stopped, UserError
 from finetune.launcher import asked_processes, local_world, set_threads
 
@@ -157,7 +158,7 @@ class Processes:
         """
         if self._zero_stage:
             autocast = torch.bfloat16 if self._precision == "bf16" else None
-            engine = zero.Zero(self._accelerator, trainee, optimizer, autocast, outside)
+            engine = Zero(self._accelerator, trainee, optimizer, autocast, outside)
             if engine.stage != self._zero_stage:
                 raise GuardError(f"ZeRO-{self._zero_stage} was asked for, DeepSpeed runs stage {engine.stage}")
             return engine
@@ -191,7 +192,7 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
     if train.mixed_precision == "fp16" and on_cpu:
         raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
     _forget_earlier_runs()
-    plugin = zero.plugin(train, on_cpu) if zero.asked() else None
+    plugin = zero_settings.plugin(train, on_cpu) if zero_settings.asked() else None
     handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience))
@@ -229,7 +230,7 @@ def _leave() -> None:
 
 
 def _require_what_was_asked(processes: Processes) -> None:
-    if zero.asked() and processes._accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if zero_settings.asked() and processes._accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(f"DeepSpeed asked for, but this is {processes.describe()}; start it with a launcher")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError("FSDP asked for, which this version does not train with; take zero3 (docs/distributed.md)")

@@ -141,9 +141,14 @@ def tensors_header(
         code, shape, size = entries[name]
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
+    return header_bytes(header), names
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """How a safetensors file begins: its header's length, and the header, filled up so that tensors are aligned."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    return len(text).to_bytes(8, "little") + text, names
+    return len(text).to_bytes(8, "little") + text
 
 
 def tensor_bytes(tensor: Tensor) -> Any:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.files import replacing
+from finetune.files import header_bytes, replacing
 
 SIDE = 256
 THUMBNAIL = "modelspec.thumbnail"
-_ALIGNED = 8  # bytes that the format's header is a multiple of
 
 
 def put_cover(path: Path, picture: Image.Image) -> None:
@@ -35,10 +34,8 @@ def put_cover(path: Path, picture: Image.Image) -> None:
     with path.open("rb") as old, replacing(path) as temporary:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), THUMBNAIL: said}.items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // _ALIGNED) * _ALIGNED)
         with temporary.open("wb") as new:
-            new.write(len(text).to_bytes(8, "little") + text)
+            new.write(header_bytes(header))
             shutil.copyfileobj(old, new)
     if path.with_suffix(".json").is_file():
         with replacing(path.with_suffix(".preview.png")) as temporary:

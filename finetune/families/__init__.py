@@ -111,9 +111,9 @@ def on_hub(name: str) -> bool:
 
 def at_hand(config: ModelConfig) -> bool:
     """Whether a model's files are on this machine, so that ``model_folder`` would fetch nothing large."""
-    if config.path in EMBEDDED or Path(config.path).expanduser().is_dir():
+    if config.path in EMBEDDED or Path(config.path).expanduser().exists():
         return True
-    if not _HUB_NAME.fullmatch(config.path):
+    if not on_hub(config.path):
         return False
     from huggingface_hub import try_to_load_from_cache
 

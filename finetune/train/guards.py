@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapter import ParameterGroup
-from finetune.engine import Reached
+from finetune.engines import Reached
 from finetune.errors import GuardError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finetune.adapter import ParameterGroup
-from finetune.engine import Memories, Memory, put
+from finetune.engines import Memories, Memory, put
 from finetune.errors import UserError
 
 _OURS = ("params", "name", "kind", "peak", "lr")  # of a group: given anew by every start and step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toy_run import ToyBatches, build, recipe
 
 from finetune.adapter import ParameterGroup
-from finetune.engine import Reached, came_of
+from finetune.engines import Reached, came_of
 from finetune.errors import GuardError, UserError
 from finetune.train.guards import GradientWatch, NormGuard, require_one_home
 from finetune.train.trainer import Trainer, _require_plain

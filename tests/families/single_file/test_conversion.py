@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
-from finetune.families import load_family, model_folder
+from finetune.families import at_hand, load_family, model_folder
 from finetune.families.single_file import convert
 from finetune.families.single_file.layouts import LAYOUTS
 from finetune.tinyworld.tokenizer import build
@@ -70,6 +70,12 @@ def test_it_is_converted_once_whatever_it_is_called(
     again = base(file.rename(file.with_name("dreamshaper_8.safetensors")), like=str(tiny_sd))
     assert again.folder == first.folder
     assert again.fingerprint("denoiser", "vae", "text_encoder") == digest
+
+
+def test_a_file_that_is_there_is_at_hand_whatever_the_hub_has(tiny_sd: Path, single_file: SingleFile) -> None:
+    file = single_file(tiny_sd)
+    assert at_hand(ModelConfig(path=str(file)))
+    assert not at_hand(ModelConfig(path=str(file.with_name("gone.safetensors"))))
 
 
 def test_equal_files_are_equal_folders_and_another_content_is_another(

@@ -1,0 +1,102 @@
+"""How a run under ZeRO begins: what the launcher was told, and what of it is the recipe's to say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DeepSpeedPlugin
+
+from finetune.config.schema import TrainConfig
+from finetune.errors import UserError
+
+ELEMENTWISE = ("adamw", "lion", "sgd")
+"""Optimizers that treat every number for itself, and so do not mind where a weight is cut."""
+
+_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+_RECIPES = {  # settings of DeepSpeed's that a recipe has -> what the recipe calls them
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "fp16": "train.mixed_precision",
+    "bf16": "train.mixed_precision",
+    "torch_autocast": "train.mixed_precision",
+}
+
+
+def asked() -> bool:
+    """Whether the launcher was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def plugin(train: TrainConfig, on_cpu: bool) -> DeepSpeedPlugin:
+    """Accelerate's description of what the launcher was told and what the recipe says.
+
+    Raises:
+        UserError: DeepSpeed is not installed, the file of its settings is none, or they contradict the recipe.
+    """
+    _require_possible(train, on_cpu)
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        comm: Any = importlib.import_module("deepspeed.comm.torch")
+    except ImportError:
+        raise UserError("the launch profile asks for DeepSpeed: pip install deepspeed") from None
+    # A kernel for inference on CPUs, which the first start has a compiler build. One that is killed meanwhile leaves a
+    # lock behind, for which all later ones wait without a word.
+    comm.build_shm_op = lambda: None
+    if _FILE in os.environ:
+        os.environ[_FILE] = str(_settings_file(Path(os.environ[_FILE])))
+    found = DeepSpeedPlugin(zero3_init_flag=False)  # networks are loaded whole, then dealt out
+    if found.zero_stage not in (1, 2, 3):
+        raise UserError(f"DeepSpeed's zero_optimization.stage is {found.zero_stage}, expected 1, 2 or 3; else use ddp")
+    found.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": 0.0,  # clipped here, before the step, so that a bad gradient stops the run and not a step
+        "zero_force_ds_cpu_optimizer": False,  # the recipe's optimizer, also where its memory is on the host
+    }
+    return found
+
+
+def _require_possible(train: TrainConfig, on_cpu: bool) -> None:
+    name = train.optimizer.name
+    if name not in ELEMENTWISE:
+        raise UserError(
+            f"train.optimizer.name: {name} does not work with ZeRO, which cuts the weights of a group into one piece "
+            f"per process: it looks at whole matrices, norms or blocks. Take one of {', '.join(ELEMENTWISE)}, or "
+            "launch with ddp"
+        )
+    if train.mixed_precision == "fp16":
+        raise UserError("train.mixed_precision: fp16 does not work with ZeRO here; take bf16")
+    if on_cpu and torch.cuda.is_available():
+        raise UserError("train.device is 'cpu', but DeepSpeed takes the GPU that is there; set CUDA_VISIBLE_DEVICES=''")
+
+
+def _settings_file(path: Path) -> Path:
+    """DeepSpeed's settings, below the current folder or beside the package, as the profiles that are shipped name it.
+
+    Raises:
+        UserError: there is none, or it decides what recipes decide.
+    """
+    places = [path, Path(__file__).parents[2] / path]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"deepspeed_config_file: there is no {path}")
+    try:
+        settings = json.loads(found.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{found}: is no JSON: {error}") from None
+    if not isinstance(settings, dict) or "stage" not in settings.get("zero_optimization", {}):
+        raise UserError(f"{found}: there is no zero_optimization.stage in it")
+    for key, ours in _RECIPES.items():
+        if settings.get(key, "auto") != "auto":
+            raise UserError(f'{found}: {key} is the recipe\'s to say, as {ours}; take it out, or write "auto"')
+    return found.resolve()
