@@ -17,7 +17,7 @@ from finetune.config.schema import ModelConfig
 from finetune.errors import GuardError
 from finetune.export.checks import Report, quiet
 from finetune.families import families
-from finetune.families.folder import Part
+from finetune.families.parts import Part
 from finetune.families.single_file.checkpoint import Checkpoint, opened, read_checkpoint
 from finetune.families.single_file.layouts import FLUX
 from finetune.families.single_file.network import Network, network, weights_in

@@ -16,7 +16,7 @@ from finetune.errors import UserError
 from finetune.export.full import weight_files
 from finetune.export.overlay import Overlay
 from finetune.export.read import SINGLE
-from finetune.families.folder import read_json
+from finetune.families.parts import read_json
 from finetune.families.single_file.checkpoint import V_KEY, ZERO_SNR_KEY
 from finetune.families.single_file.layouts import Layout, layout_of
 from finetune.family import ExportNames

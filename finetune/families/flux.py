@@ -14,7 +14,8 @@ from torch import Tensor
 
 from finetune.batch import Conditioning
 from finetune.families import clip_text, t5, two_streams
-from finetune.families.folder import DiffusersFolder, Part
+from finetune.families.folder import DiffusersFolder
+from finetune.families.parts import Part
 from finetune.families.unet import missing_level
 from finetune.family import ExportNames, Published, Sites, Unsupported
 from finetune.originals import flux as original

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from finetune.batch import Conditioning
 from finetune.families.flux import packed, unpacked
-from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
+from finetune.families.parts import Part
 from finetune.families.patterns import NORMS
 from finetune.family import ExportNames, Sites
 from finetune.objectives import Denoising, Flow

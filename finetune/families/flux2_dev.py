@@ -11,8 +11,8 @@ from typing import ClassVar
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
 from finetune.families import flux2
-from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER
+from finetune.families.parts import Part
 from finetune.family import Published
 
 PICTURE = "[IMG]"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finetune.families import flux2
-from finetune.families.folder import Part, read_json
 from finetune.families.language_model import TEXT_ENCODER
+from finetune.families.parts import Part, read_json
 from finetune.family import Published
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,38 +16,14 @@ from torch import Tensor, nn
 from finetune.batch import Conditioning, Posterior
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
-from finetune.families.block_swap import BlockSwap
+from finetune.families import holding
 from finetune.families.outlines import filled, outline
-from finetune.families.precision import cast_at_border, cast_inputs
-from finetune.families.quantised import quantise
+from finetune.families.parts import Part, file_digest, load_tokenizer, read_json
 from finetune.families.schedulers import with_settings
 from finetune.families.words import write_out
 from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary
 from finetune.objective import Objective
 from finetune.objectives import Denoising, Process, process_of
-
-
-@dataclass(frozen=True)
-class Part:
-    """A network of a model.
-
-    Attributes:
-        subfolder: where it lies; also its name in diffusers' pipelines.
-        kind: library and class: "diffusers.UNet2DConditionModel".
-        tokenizer: the subfolder of a text encoder's tokenizer.
-        settings: in place of what its ``config.json`` says.
-    """
-
-    subfolder: str
-    kind: str
-    tokenizer: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    @property
-    def type(self) -> Any:
-        """The class itself, imported when it is asked for."""
-        library, name = self.kind.split(".")
-        return getattr(importlib.import_module(library), name)
 
 
 class DiffusersFolder(ABC):
@@ -161,23 +134,10 @@ class DiffusersFolder(ABC):
         return self._arranged(network, self._packed(network, module))
 
     def _packed(self, network: str, module: nn.Module) -> nn.Module:
-        if packed := self.model.format_of(network):
-            quantise(self.blocks_of(module), packed.kind, packed.skip)
-        return module
+        return holding.pack(self.model, network, module, self.blocks_of(module))
 
     def _arranged(self, network: str, module: nn.Module) -> nn.Module:
-        """The half of ``hold`` that leaves the weights as they are: where they lie, and what goes in and out."""
-        model, meta = self.model, next(module.parameters()).is_meta
-        if network == "vae":
-            cast_inputs(module)
-            if model.vae_tiling:
-                module.enable_tiling()  # type: ignore[operator]
-        elif network == "denoiser":
-            if model.dtype != "float32":
-                cast_at_border(module)
-            if model.block_swap and not meta:
-                BlockSwap(list(self.blocks_of(module).values())[-model.block_swap :], self.device)
-        return module if meta else module.to(self.device)
+        return holding.arrange(self.model, network, module, self.blocks_of(module), self.device)
 
     def blocks_of(self, module: nn.Module) -> dict[str, nn.Module]:
         """The blocks of a network by their names, outermost alone."""
@@ -248,23 +208,13 @@ class DiffusersFolder(ABC):
         """
         digest = hashlib.sha256()
         for network in sorted(networks):
-            digest.update(f"{network}\n{self._changes(network)}".encode())
+            digest.update(f"{network}\n{holding.changes(self.model, network)}".encode())
             part = self.parts[network]
             folders = [part.subfolder, *([part.tokenizer] if part.tokenizer else [])]
             for file in sorted(file for name in folders for file in (self.folder / name).iterdir()):
                 if file.suffix in {".json", ".txt", ".jinja", ".safetensors", ".model"}:
                     digest.update(f"{file.name} {file_digest(file)}\n".encode())
         return digest.hexdigest()
-
-    def _changes(self, network: str) -> str:
-        """What changes a network's answers beside its files; nothing where it is as it always was."""
-        model = self.model
-        said: dict[str, Any] = {} if model.dtype_of(network) == "float32" else {"dtype": model.dtype_of(network)}
-        if packed := model.format_of(network):
-            said |= packed.model_dump(exclude={"text_encoders"})
-        if network == "vae" and model.vae_tiling:
-            said["tiling"] = "on"
-        return f"{json.dumps(said)}\n" if said else ""
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Posterior:
@@ -334,46 +284,3 @@ class DiffusersFolder(ABC):
     def _expand(self, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
         vocabulary = next(one for one in self.vocabularies.values() if one.tokenizer is tokenizer)
         return list(map(vocabulary.expand, prompt)) if isinstance(prompt, list) else vocabulary.expand(prompt)
-
-
-def load_tokenizer(folder: Path, subfolder: str) -> Any:
-    """A tokenizer of transformers; no code of the folder's own is run.
-
-    Raises:
-        UserError: there is none.
-    """
-    from transformers import AutoTokenizer, CLIPTokenizer
-
-    # transformers makes an empty tokenizer of a folder that holds none, without a word
-    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
-    if not any((folder / subfolder / name).is_file() for name in names):
-        raise UserError(f"{folder}: the tokenizer is missing: no {subfolder}/tokenizer.json or {subfolder}/vocab.json")
-    settings = folder / subfolder / "tokenizer_config.json"
-    named = read_json(settings).get("tokenizer_class", "") if settings.is_file() else "CLIPTokenizer"
-    kind: Any = CLIPTokenizer if named.startswith("CLIP") else AutoTokenizer
-    return kind.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A mapping in a file.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: missing")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, hex; they are read once as long as the file does not change."""
-    status = file.stat()
-    return _file_digest(file.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _file_digest(file: Path, size: int, modified: int) -> str:
-    """``size`` and ``modified`` (ns) stand for the content, so that a changed file is read again."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Conditioning
-from finetune.families.folder import Part
+from finetune.families import one_stream
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
-from finetune.families.patterns import NORMS
+from finetune.families.parts import Part
 from finetune.family import ExportNames, Published, Sites
 
 INSTRUCTION = (
@@ -22,10 +22,6 @@ INSTRUCTION = (
     "on textual prompts or user prompts. <Prompt Start> "
 )
 """What the pipeline says before a prompt; part of the model."""
-
-_BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+"
-_ATTENTION = [rf"{_BLOCK}\.attn\.to_(q|k|v|out\.0)"]
-_WIDE = [*_ATTENTION, rf"{_BLOCK}\.feed_forward\.linear_[123]"]
 
 
 class Lumina2(LanguageModelFolder):
@@ -50,17 +46,10 @@ class Lumina2(LanguageModelFolder):
         super().__init__(folder, source)
         self.pixel_multiple = self.latent_scale * self.patch
         self.sites = Sites(
-            linears={
-                "attention": {"denoiser": _ATTENTION},
-                "wide": {"denoiser": _WIDE},
-                "blocks": {"denoiser": [*_WIDE, r"(noise_refiner|layers)\.\d+\.norm1\.linear"]},
-            },
-            selections={
-                "all": {"denoiser": [""]},
-                "attention": {"denoiser": [r"\.attn\."]},
-                "norm-bias": {"denoiser": NORMS},
-                "blocks": {"denoiser": [rf"^{_BLOCK}\."]},
-            },
+            linears=one_stream.linears(
+                "attn", r"feed_forward\.linear_[123]", r"(noise_refiner|layers)\.\d+\.norm1\.linear"
+            ),
+            selections=one_stream.selections("attn"),
             readers=self.readers,
             vocabularies=list(self.vocabularies.values()),
         )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from finetune.batch import Conditioning, Posterior
 from finetune.families.flux import packed, unpacked
-from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
+from finetune.families.parts import Part
 from finetune.families.patterns import NORMS
 from finetune.family import ExportNames, Published, Sites
 

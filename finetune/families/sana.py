@@ -15,8 +15,8 @@ from torch import Tensor
 
 from finetune.batch import Conditioning, Posterior
 from finetune.errors import UserError
-from finetune.families.folder import Part
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, ask
+from finetune.families.parts import Part
 from finetune.families.patterns import NORMS
 from finetune.families.unet import READERS
 from finetune.family import ExportNames, Published, Sites, Unsupported, Vocabulary

@@ -13,7 +13,7 @@ from torch import Tensor
 from finetune.batch import Conditioning
 from finetune.families import clip_text, unet
 from finetune.families.clip import shared_space
-from finetune.families.folder import Part
+from finetune.families.parts import Part
 from finetune.families.unet import UNetFolder
 from finetune.family import ExportNames, Published, Sites, Unsupported
 

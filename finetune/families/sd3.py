@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from finetune.batch import Conditioning
 from finetune.families import clip_text, t5, two_streams
-from finetune.families.folder import DiffusersFolder, Part, read_json
+from finetune.families.folder import DiffusersFolder
 from finetune.families.long_prompts import read_units, split
+from finetune.families.parts import Part, read_json
 from finetune.families.unet import missing_level
 from finetune.family import ExportNames, Published, Sites, Unsupported
 from finetune.originals import sd3 as original

@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.batch import Conditioning
 from finetune.errors import UserError
 from finetune.families import clip_text, unet
-from finetune.families.folder import Part, read_json
+from finetune.families.parts import Part, read_json
 from finetune.families.unet import UNetFolder
 from finetune.family import ExportNames, Published, Sites, Unsupported
 from finetune.originals import unet as original

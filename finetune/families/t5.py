@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.families.folder import Part
+from finetune.families.parts import Part
 from finetune.tinyworld.captions import words as world_words
 
 

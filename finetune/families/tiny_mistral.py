@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.families.tiny_qwen import byte_pairs
+from finetune.families.tiny_qwen import byte_pairs, sizes
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]")
 TEMPLATE = (
@@ -39,20 +39,10 @@ def tokenizer() -> Any:
 
 
 def mistral3(width: int, layers: int) -> Any:
-    """A Mistral 3 whose eyes are as small as they can be; as in published ones its table has rows that no token has."""
+    """A Mistral 3 whose eyes are as small as they can be."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
-    text = MistralConfig(
-        vocab_size=len(tokenizer()) + 8,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=2048,
-        sliding_window=None,
-    )
+    text = MistralConfig(**sizes(width, layers, len(tokenizer())), head_dim=8, sliding_window=None)
     sight = PixtralVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
     )

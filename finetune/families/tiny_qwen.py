@@ -36,21 +36,24 @@ def tokenizer() -> Any:
     )
 
 
+def sizes(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
+    """A small language model's; as in published ones its table has rows that no token has."""
+    return {
+        "vocab_size": vocabulary + 8,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+    }
+
+
 def qwen3(width: int, layers: int = 2, kind: str = "Qwen3Model") -> Any:
-    """A Qwen3; as in published ones its table has rows that no token has."""
+    """A Qwen3."""
     import transformers
 
-    config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer()) + 8,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
+    config = transformers.Qwen3Config(**sizes(width, layers, len(tokenizer())), head_dim=8, tie_word_embeddings=True)
     return getattr(transformers, kind)(config).eval()
 
 
@@ -59,13 +62,7 @@ def qwen25vl(width: int) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
-        "vocab_size": len(tokenizer()) + 8,
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 2048,
+        **sizes(width, 2, len(tokenizer())),
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
     }
     sight = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": width}

@@ -15,8 +15,9 @@ from transformers import CLIPTextConfig
 from finetune.batch import Conditioning
 from finetune.errors import UserError
 from finetune.families import long_prompts, patterns
-from finetune.families.folder import DiffusersFolder, Part
+from finetune.families.folder import DiffusersFolder
 from finetune.families.lengths import Lengths
+from finetune.families.parts import Part
 from finetune.family import Unsupported, Vocabulary
 
 READERS = ("attn2.to_k", "attn2.to_v")

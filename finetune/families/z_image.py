@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Conditioning
-from finetune.families.folder import Part
+from finetune.families import one_stream
 from finetune.families.language_model import TEXT_ENCODER, LanguageModelFolder, apart, ask
-from finetune.families.patterns import NORMS
+from finetune.families.parts import Part
 from finetune.family import ExportNames, Published, Sites
-
-_BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+"
-_ATTENTION = [rf"{_BLOCK}\.attention\.to_(q|k|v|out\.0)"]
-_WIDE = [*_ATTENTION, rf"{_BLOCK}\.feed_forward\.w[123]"]
 
 
 class ZImage(LanguageModelFolder):
@@ -44,17 +40,10 @@ class ZImage(LanguageModelFolder):
         super().__init__(folder, source)
         self.pixel_multiple = self.latent_scale * self.patch
         self.sites = Sites(
-            linears={
-                "attention": {"denoiser": _ATTENTION},
-                "wide": {"denoiser": _WIDE},
-                "blocks": {"denoiser": [*_WIDE, rf"{_BLOCK}\.adaLN_modulation\.0"]},
-            },
-            selections={
-                "all": {"denoiser": [""]},
-                "attention": {"denoiser": [r"\.attention\."]},
-                "norm-bias": {"denoiser": NORMS},
-                "blocks": {"denoiser": [rf"^{_BLOCK}\."]},
-            },
+            linears=one_stream.linears(
+                "attention", r"feed_forward\.w[123]", rf"{one_stream.BLOCK}\.adaLN_modulation\.0"
+            ),
+            selections=one_stream.selections("attention"),
             readers=self.readers,
             vocabularies=list(self.vocabularies.values()),
             # what fills up pictures and prompts, of which some sizes have nothing to fill; what looks at other pictures

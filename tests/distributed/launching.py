@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
+TOY = ROOT / "tests" / "train" / "toy_run.py"
 PROFILES = ROOT / "launch" / "accelerate"
 
 
@@ -41,3 +43,16 @@ def profile(name: str, folder: Path) -> list[str]:
     text = (PROFILES / f"{name}.yaml").read_text().replace("launch/deepspeed", str(folder))
     (folder / f"{name}.yaml").write_text(text)
     return ["--config_file", str(folder / f"{name}.yaml")]
+
+
+def toy(path: Path, output: Path, options: dict[str, Any] | None = None, **train: Any) -> str:
+    """The argument of ``toy_run.py``: a recipe and ``options`` of the toy."""
+    recipe = {
+        "recipe": "full",
+        "output": str(output),
+        "adapter": {"kind": "full"},
+        "data": {"concepts": [{"folder": "pictures", "prompt": "a photo"}]},
+        "train": {"steps": 8, "learning_rate": 0.05, "threads": 1, "ema": {"decay": 0.9}, **train},
+    }
+    path.write_text(json.dumps({"recipe": recipe, "dropout": 0.0, **(options or {})}))
+    return str(path)

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from launching import PROFILES, ROOT, alone, launch, profile
+from launching import PROFILES, ROOT, TOY, alone, launch, profile, toy
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 MATRIX, ENGINE = (Path(__file__).with_name(name) for name in ("matrix_run.py", "engine_run.py"))
-TOY = ROOT / "tests" / "train" / "toy_run.py"
 WORDS = {"kind": "embedding", "tokens": [{"token": "<zib>", "initializer": "star", "vectors": 2}]}
 LORA = {"kind": "lora", "rank": 2}
 IMAGES = {"kind": "images", "count": 3, "sampler": {"steps": 1}}
@@ -197,18 +196,6 @@ def test_a_run_goes_from_one_process_to_two_and_back(name: str, setting: Setting
             alone(MATRIX, cells)
     for method in ("lora",):  # a pivot is a share of the run's steps
         assert_same_run(reference(setting, FEW) / method, setting.folder / moved / method)
-
-
-def toy(path: Path, output: Path, options: dict[str, Any] | None = None, **train: Any) -> str:
-    recipe = {
-        "recipe": "full",
-        "output": str(output),
-        "adapter": {"kind": "full"},
-        "data": {"concepts": [{"folder": "pictures", "prompt": "a photo"}]},
-        "train": {"steps": 8, "learning_rate": 0.05, "threads": 1, "ema": {"decay": 0.9}, **train},
-    }
-    path.write_text(json.dumps({"recipe": recipe, "dropout": 0.0, **(options or {})}))
-    return str(path)
 
 
 def stop_at(step: int, path: Path, output: Path) -> None:

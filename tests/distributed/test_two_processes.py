@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from launching import PROFILES, TOY, alone, launch, toy
 from safetensors.torch import load_file
 
 from finetune.launcher import set_threads, usable_cores
 
-ROOT = Path(__file__).parents[2]
-TOY = ROOT / "tests" / "train" / "toy_run.py"
-TWO = ["--config_file", str(ROOT / "launch" / "accelerate" / "cpu-2.yaml")]
-
-
-def launch(launcher: list[str], script: Path, *arguments: str) -> tuple[int, str]:
-    """Exit code and output of ``accelerate launch``."""
-    unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=unset, check=False)
-    return done.returncode, done.stdout + done.stderr
-
-
-def toy(path: Path, output: Path, options: dict[str, Any] | None = None, **train: Any) -> Path:
-    recipe = {
-        "recipe": "full",
-        "output": str(output),
-        "adapter": {"kind": "full"},
-        "data": {"concepts": [{"folder": "pictures", "prompt": "a photo"}]},
-        "train": {"steps": 8, "learning_rate": 0.05, "threads": 1, "ema": {"decay": 0.9}, **train},
-    }
-    path.write_text(json.dumps({"recipe": recipe, "dropout": 0.0, **(options or {})}))
-    return path
+TWO = ["--config_file", str(PROFILES / "cpu-2.yaml")]
 
 
 def losses(output: Path) -> list[float]:
@@ -58,18 +33,11 @@ def test_the_profile_starts_two_that_understand_each_other() -> None:
 def test_two_processes_train_as_one_does_and_one_can_take_over(tmp_path: Path) -> None:
     """A signal to the second process stops both after one step; a single process then finishes their run."""
     two, one = tmp_path / "two", tmp_path / "one"
-    code, said = launch(TWO, TOY, str(toy(tmp_path / "two.json", two, {"signal_at": [4, 1]}, batch_size=2)))
+    code, said = launch(TWO, TOY, toy(tmp_path / "two.json", two, {"signal_at": [4, 1]}, batch_size=2))
     assert code != 0 and "stopped after step 5" in said, said
     assert [path.name for path in (two / "checkpoints").iterdir()] == ["step-000005"]
     for output in (one, two):
-        done = subprocess.run(
-            [sys.executable, str(TOY), str(toy(tmp_path / "one.json", output, batch_size=4))],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        alone(TOY, toy(tmp_path / "one.json", output, batch_size=4))
     assert losses(two) == pytest.approx(losses(one), rel=1e-6)
     ours, theirs = (load_file(output / "adapters" / "toy.safetensors") for output in (one, two))
     for name, value in ours.items():
@@ -78,7 +46,7 @@ def test_two_processes_train_as_one_does_and_one_can_take_over(tmp_path: Path) -
 
 def test_one_bad_picture_stops_both_before_anything_moves(tmp_path: Path) -> None:
     """Draws 12 to 15 are step 4's (from 0: 3); the second process has 14 and 15, which are pictures 0 and 1."""
-    code, said = launch(TWO, TOY, str(toy(tmp_path / "o.json", tmp_path / "run", {"nan_at": [3, 1]}, batch_size=2)))
+    code, said = launch(TWO, TOY, toy(tmp_path / "o.json", tmp_path / "run", {"nan_at": [3, 1]}, batch_size=2))
     assert code != 0
     message = "the loss of step 4 is not finite on process 1 (0.png, 1.png); nothing was updated"
     assert said.count(message) == 2, said

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from finetune.config.schema import ModelConfig
-from finetune.families.folder import file_digest
+from finetune.families.parts import file_digest
 from finetune.families.single_file.checkpoint import Checkpoint, opened, read_checkpoint
 from finetune.families.single_file.network import network
 from finetune.families.single_file.origin import INDEX

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.families.folder import read_json
+from finetune.families.parts import read_json
 from finetune.originals import Place, Places, flux, open_clip, sd3, unet, vae, weight
 
 DENOISER = "model.diffusion_model."

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-from finetune.families.folder import Part
+from finetune.families.parts import Part
 from finetune.families.single_file.checkpoint import Checkpoint
 from finetune.families.single_file.layouts import DENOISER
 from finetune.families.single_file.template import Template

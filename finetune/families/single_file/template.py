@@ -15,7 +15,7 @@ from typing import Any
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import families
-from finetune.families.folder import Part, file_digest, read_json
+from finetune.families.parts import Part, file_digest, read_json
 from finetune.families.schedulers import with_settings
 from finetune.families.single_file import published
 from finetune.families.single_file.checkpoint import Checkpoint
