@@ -167,6 +167,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_cache() -> Path:
+    """Where models are kept that the toolkit has put together, beside the hub's; all may be removed at any time."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "finetune" / "models"
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what interrupted writers left in ``folder`` (not below it). Only for folders that one run owns."""
     if not folder.is_dir():

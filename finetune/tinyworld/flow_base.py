@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,11 @@ NAME = "tinyworld-flow"
 
 
 def folder() -> Path:
-    """A ``StableDiffusion3Pipeline`` folder in the user's cache (``XDG_CACHE_HOME``, or ``~/.cache``).
+    """A ``StableDiffusion3Pipeline`` folder in the user's cache, below ``HF_HOME``.
 
     Its name holds a digest of what it is made from, so that another version of the package never reads it.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made = cache / "finetune" / f"{NAME}-{_digest()}"
+    made = files.model_cache() / f"{NAME}-{_digest()}"
     if not made.is_dir():
         made.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(made.parent / f".{NAME}.lock"):

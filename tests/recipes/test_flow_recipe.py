@@ -27,7 +27,7 @@ FAST = (
 
 @pytest.mark.base
 def test_the_recipe_runs_to_a_file_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "user"))
     run = tmp_path / "run"
     changes = (f"output={run}", f"data.cache.folder={tmp_path / 'cache'}", *FAST)
     dreambooth.main(read_recipe(RECIPE, changes))  # ends with diffusers loading what was written

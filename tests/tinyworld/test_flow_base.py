@@ -57,7 +57,7 @@ def test_the_folder_is_an_ordinary_pipeline_of_the_other_base_s_parts(folder: Pa
 def test_it_is_put_together_once_and_again_when_its_parts_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     first = tinyworld.base("tinyworld-flow")
     assert first.is_relative_to(tmp_path)
     index = first / "model_index.json"

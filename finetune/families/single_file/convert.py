@@ -15,7 +15,7 @@ from finetune.families.single_file.checkpoint import Checkpoint, opened, read_ch
 from finetune.families.single_file.network import network
 from finetune.families.single_file.origin import INDEX
 from finetune.families.single_file.template import Template, template
-from finetune.files import PARTIAL, replacing_folder, stream_tensors
+from finetune.files import PARTIAL, model_cache, replacing_folder, stream_tensors
 
 _VERSION = "2"  # of what is written for the same file and template
 
@@ -34,20 +34,13 @@ def converted(config: ModelConfig) -> Path:
     checkpoint = read_checkpoint(path)
     beside = template(checkpoint, config)
     name = hashlib.sha256(f"{_VERSION} {file_digest(path)} {beside.digest()}".encode()).hexdigest()[:32]
-    folder = shelf() / name
+    folder = model_cache() / name
     if not _whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not _whole(folder):
                 _write(checkpoint, beside, folder)
     return folder
-
-
-def shelf() -> Path:
-    """Where converted models are kept; all of it may be removed at any time."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "finetune" / "models"
 
 
 def _whole(folder: Path) -> bool:

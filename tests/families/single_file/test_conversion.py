@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.families import at_hand, load_family, model_folder
 from finetune.families.single_file import convert
 from finetune.families.single_file.layouts import LAYOUTS
+from finetune.files import model_cache
 from finetune.tinyworld.tokenizer import build
 
 
@@ -136,7 +137,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_one_that_was_killed_is_clear
         patch.setattr(convert, "stream_tensors", fail)
         with pytest.raises(OSError, match="no space"):
             model_folder(config)
-    models = convert.shelf()
+    models = model_cache()
     assert [path.suffix for path in models.iterdir()] == [".lock"]
     name = next(models.iterdir()).stem
     left = models / f".partial-0123abcd-{name}"

@@ -13,12 +13,12 @@ from torch import Tensor
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import families, load_family, model_folder
-from finetune.families.single_file import convert
 from finetune.families.single_file.checkpoint import Checkpoint, Stored, read_checkpoint
 from finetune.families.single_file.layouts import SD1, SD2, SDXL, Layout
 from finetune.families.single_file.network import network, weights_of
 from finetune.families.single_file.published import documents
 from finetune.families.single_file.template import template
+from finetune.files import model_cache
 from finetune.originals import Place
 from finetune.originals.tensors import fill
 from finetune.tinyworld.tokenizer import build
@@ -136,7 +136,7 @@ def test_the_published_models_need_nothing_but_clips_vocabulary(
 def test_the_tokenizer_is_asked_for_where_none_is_found(tiny_sd: Path, single_file: SingleFile, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.like is missing.*no tokenizer.*hf download openai/clip-vit-large"):
         model_folder(ModelConfig(path=str(single_file(tiny_sd))))
-    assert not convert.shelf().exists()
+    assert not model_cache().exists()
 
 
 def test_another_size_than_the_published_is_named(
@@ -144,4 +144,4 @@ def test_another_size_than_the_published_is_named(
 ) -> None:
     with pytest.raises(UserError, match=r"unet lacks \d+ tensors.*as it was published.*model\.like"):
         base(single_file(tiny_sd))
-    assert [path.suffix for path in convert.shelf().iterdir()] == [".lock"]
+    assert [path.suffix for path in model_cache().iterdir()] == [".lock"]
