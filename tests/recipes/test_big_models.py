@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.config import read_recipe
@@ -43,6 +44,19 @@ def test_what_is_trained_on_a_small_base_is_verified_on_the_true_one(
     assert {str(one.dtype) for one in load_file(output / FILE).values()} == {"torch.float32"}
     (picture,) = sample.sample(output, ["a photo of zib star"], sampler=SamplerConfig(steps=1), resolution=16)
     assert picture.size == (16, 16)
+
+
+def test_what_needs_whole_weights_is_previewed_on_them(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """LoHa in kohya's layout alone is added to the weights, which packed ones have no room for."""
+    overrides = ("model.quantize={kind: int8}", "adapter={kind: loha, rank: 2}", "export={formats: [kohya]}")
+    looked = "samples={every: 3, prompts: [a photo of zib star], sampler: {steps: 1, guidance: 1}}"
+    output = run(
+        write_recipe(), tmp_path / "run", "prior={kind: none}", "report={enabled: false}", "seed=3", looked, *overrides
+    )
+    settings = SamplerConfig(steps=1, guidance=1)
+    (drawn,) = sample.sample(output, ["a photo of zib star"], seed=3, sampler=settings, resolution=16)
+    with Image.open(output / "samples" / "step-000003" / "0-0.png") as preview:
+        assert preview.tobytes() == drawn.tobytes()
 
 
 def test_swapped_blocks_change_no_number_and_a_run_may_begin_with_them_and_end_without(
