@@ -65,12 +65,22 @@ def finish(trainer: Trainer, family: ModelFamily, batches: Batches) -> None:
     recipe, processes, folder = trainer.recipe, trainer.processes, trainer.folder
     pictures = sorted(folder.samples.glob("step-*/0-0.png"))
     cover = pictures[-1] if pictures else None
-    verified = write(trainer.finish(), family, recipe, processes, folder.adapters, cover)
+    verified = write(trainer.finish(), family, _named(recipe, batches.concepts), processes, folder.adapters, cover)
     if recipe.report.enabled:
         family.release(*list(family.networks))  # the base and the exported file are loaded anew
         prompts = recipe.samples.prompts or batches.example_prompts
         shown = Shown(batches.concepts, batches.classes, prompts, batches.notes)
         report(recipe, processes, shown, folder, verified)
+
+
+def _named(recipe: Recipe, concepts: Sequence[Concept]) -> Recipe:
+    """``recipe`` with the words that pictures bring along, as those of the embedded world do: files tell them."""
+    words = ("trigger", "prompt", "class_prompt")
+    own = [
+        config.model_copy(update={key: getattr(concept.config, key) for key in words})
+        for config, concept in zip(recipe.data.concepts, concepts, strict=True)
+    ]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"concepts": own})})
 
 
 def write(

@@ -16,6 +16,7 @@ from finetune.export.inspect import Inspection, inspect
 from finetune.export.metadata import OWN
 from finetune.export.origin import triggers
 from finetune.export.read import Identity
+from finetune.families import EMBEDDED
 from finetune.publish import tools
 from finetune.publish.gather import Gathered
 from finetune.publish.markdown import code, fenced, table
@@ -106,8 +107,12 @@ def tags(gathered: Gathered) -> list[str]:
 
 
 def _base(gathered: Gathered) -> str | None:
+    return next((one for one in _bases(gathered) if _HUB_NAME.fullmatch(one) and not Path(one).exists()), None)
+
+
+def _bases(gathered: Gathered) -> list[str]:
     said = [gathered.recipe.model.path] if gathered.recipe else [piece.base for piece in gathered.pieces]
-    return next((one for one in said if one and _HUB_NAME.fullmatch(one) and not Path(one).exists()), None)
+    return [one for one in said if one]
 
 
 def _sections(card: Card) -> Iterator[str]:
@@ -125,7 +130,8 @@ def _sections(card: Card) -> Iterator[str]:
         yield f"## Trigger words\n\n{calls}" + (f", as in {code(card.prompt)}." if card.prompt else ".")
     yield f"## Files\n\n{_files(seen)}"
     yield "## Use it"
-    script = tools.diffusers(card.repository, card.base, gathered.used, card.prompt)
+    base = card.base or next((one for one in _bases(gathered) if one in EMBEDDED), None)
+    script = tools.diffusers(card.repository, base, gathered.used, card.prompt)
     yield f"### diffusers\n\n{fenced(script, 'python')}"
     yield from tools.sections([(piece, one.loads) for piece, one in seen])
     yield f"## How it was trained\n\n{table(('setting', 'value'), list(_settings(gathered, seen)))}"

@@ -108,7 +108,7 @@ class Setting:
             "output": str(output),
             "seed": 3,
             "model": {"path": str(self.model)},
-            "data": {**data, "buckets": {"step": 16} if shapes else None},
+            "data": {**data, "buckets": {"step": 8} if shapes else None},
             "train": train,
             "report": {"enabled": False},
             **sections,
