@@ -140,23 +140,25 @@ class Batch:
         Args:
             each: maps a batch of one size to one row per sample.
         """
+        parts = self._parts()
+        # asked before any pass: under ZeRO-3 a pass waits for those of the other processes
+        passes = self.agree(len(parts)) if self.agree else len(parts)
+        rows = torch.cat([each(part) for _, part in parts])
+        for _ in range(passes - len(parts)):
+            rows = rows + 0.0 * each(parts[0][1]).sum()  # part of the loss, so that the backward pass is as long too
+        order = torch.tensor([place for places, _ in parts for place in places], device=rows.device)
+        return rows[order.argsort()]
+
+    def _parts(self) -> list[tuple[Sequence[int], Batch]]:
+        """The samples of every size together, with their places in this batch."""
         prompts = [prompt.lengths for prompt in (self.prompt, self.class_prompt) if prompt]
         differing = [sizes for sizes in (self.sizes, *prompts) if sizes is not None]
         if not differing:
-            return self._in_step(each, each(self), self, 1)
+            return [(range(len(self)), self)]
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, size in enumerate(zip(*differing, strict=True)):
             groups.setdefault(size, []).append(place)
-        parts = [self._of(places) for places in groups.values()]
-        rows = torch.cat([each(part) for part in parts])
-        order = torch.tensor([place for places in groups.values() for place in places], device=rows.device)
-        return self._in_step(each, rows[order.argsort()], parts[0], len(parts))
-
-    def _in_step(self, each: Callable[[Batch], Tensor], rows: Tensor, again: Batch, done: int) -> Tensor:
-        """``rows``, after as many more passes over ``again`` as other processes make."""
-        for _ in range(self.agree(done) - done if self.agree else 0):
-            rows = rows + 0.0 * each(again).sum()  # part of the loss, so that the backward pass is as long too
-        return rows
+        return [(places, self._of(places)) for places in groups.values()]
 
     def _of(self, places: Sequence[int]) -> Batch:
         """The samples at ``places``, all of one size."""

@@ -252,13 +252,15 @@ def tamper(checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_goes_from_profile_to_profile(tmp_path: Path) -> None:
-    one, moved = tmp_path / "one", tmp_path / "moved"
-    for step, name in enumerate(("cpu-2", "zero1", "zero3", "zero2", "cpu-2", "zero3"), start=1):
-        options = toy(tmp_path / "m.json", moved, {"signal_at": [step, 1]}, batch_size=2)
+    """Each takes two steps: the others learn of a signal to one process in the step after."""
+    one, moved, profiles = tmp_path / "one", tmp_path / "moved", ("cpu-2", "zero1", "zero3", "zero2", "cpu-2", "zero3")
+    steps = 2 * len(profiles) + 2
+    for step, name in zip(range(2, steps, 2), profiles, strict=True):
+        options = toy(tmp_path / "m.json", moved, {"signal_at": [step - 1, 1]}, batch_size=2, steps=steps)
         code, said = launch(profile(name, tmp_path), TOY, options)
         assert code != 0 and f"stopped after step {step}" in said, said
     for output in (one, moved):
-        alone(TOY, toy(tmp_path / "o.json", output, batch_size=4))
+        alone(TOY, toy(tmp_path / "o.json", output, batch_size=4, steps=steps))
     toys_equal(moved, one)
 
 
