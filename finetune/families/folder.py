@@ -255,8 +255,11 @@ class DiffusersFolder(ABC):
             self.networks["denoiser"].enable_gradient_checkpointing()  # type: ignore[operator]
         for network in self.text_encoders:
             if network in self.networks:
-                # non-reentrant: gradients then reach the weights although no input asks for one
-                self.networks[network].gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+                module: Any = self.networks[network]
+                # transformers' older name for it warns where there is the newer one
+                newer = hasattr(module, "activation_checkpointing_enable")
+                enable = module.activation_checkpointing_enable if newer else module.gradient_checkpointing_enable
+                enable({"use_reentrant": False})  # gradients then reach the weights although no input asks for one
 
     def guided(self, scale: float, prompts: int = 1) -> dict[str, Any]:
         """As most pipelines call it."""
