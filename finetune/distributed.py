@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from finetune import waiting
@@ -178,9 +178,7 @@ class Processes:
             if engine.stage != self._zero_stage:
                 raise GuardError(f"ZeRO-{self._zero_stage} was asked for, DeepSpeed runs stage {engine.stage}")
             return engine
-        if phased:
-            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        return Replicated(self._accelerator, trainee, optimizer)
+        return Replicated(self._accelerator, trainee, optimizer, phased)
 
     def _leave(self) -> None:
         """Tell the others and close the connections in order: gloo aborts a process that ends with open ones."""

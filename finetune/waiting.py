@@ -89,6 +89,7 @@ class Watch:
         self._heard: list[State] = []
         self._telling = threading.Lock()
         self._over = threading.Event()
+        self._tell()
         for task in (self._talk, self._judge):
             threading.Thread(target=task, name=f"waiting:{task.__name__}", daemon=True).start()
 
@@ -148,7 +149,7 @@ class Watch:
             if failing >= GRACE:
                 self._end(_failures(now) or f"the launcher or the main process has gone ({self._lost})")
             if quiet[self._rank] >= self._silence:
-                self._end("the machine of the main process does not answer")
+                self._end("the machine of the main process does not answer, or not all processes have come")
             if silent := [rank for rank in range(len(now)) if quiet[rank] >= self._silence]:
                 self._end("\n".join(self._bury(rank, now[rank]) for rank in silent))
             if min(same) >= self._silence and crossed(now):

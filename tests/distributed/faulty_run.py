@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import toy_run
 import torch
+import toy_run
 
 from finetune import sampling
 from finetune.config import Recipe
