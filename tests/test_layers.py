@@ -28,6 +28,7 @@ ALLOWED = {
     "config": {"errors", "files"},
     "tinyworld": BOTTOM,
     "launcher": {"errors"},
+    "launch": {"config", "errors"},
     "engines": {"config", *BOTTOM},
     "distributed": {"engines", "config", "launcher", *BOTTOM},
     "families": {"batch", "family", "objective", "objectives", "originals", "config", "tinyworld", *BOTTOM},
