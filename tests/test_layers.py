@@ -29,6 +29,7 @@ ALLOWED = {
     "config": {"errors", "files"},
     "tinyworld": BOTTOM,
     "launcher": {"errors"},
+    "launch": {"config", "errors"},
     "engines": {"blocks", "config", *BOTTOM},
     "waiting": BOTTOM,
     "distributed": {"engines", "config", "launcher", "waiting", *BOTTOM},
