@@ -9,17 +9,22 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from finetune import waiting
 from finetune.config.schema import TrainConfig
-from finetune.engines import Engine, zero_settings
+from finetune.engines import Engine, fsdp_settings, zero_settings
+from finetune.engines.fsdp import Fsdp2
+from finetune.engines.fsdp_settings import FsdpSettings
 from finetune.engines.replicated import Replicated
 from finetune.engines.zero import Zero
 from finetune.errors import GuardError, Stopped, UserError
@@ -27,7 +32,7 @@ from finetune.launcher import asked_processes, local_world, set_threads
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(hours=2)  # others wait while the main process draws class images
+JOINING = datetime.timedelta(minutes=10)  # in which all must have come; later nobody's patience ends (``waiting``)
 
 
 class Processes:
@@ -42,15 +47,19 @@ class Processes:
         threads: CPU threads of this process.
     """
 
-    def __init__(self, accelerator: Accelerator, threads: int, precision: str = "no") -> None:
+    def __init__(
+        self, accelerator: Accelerator, threads: int, precision: str = "no", fsdp: FsdpSettings | None = None
+    ) -> None:
         self._accelerator = accelerator
         self._precision = precision
+        self._fsdp = fsdp
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
         self.local_world = local_world()
         self.device: torch.device = accelerator.device
         self.threads = threads
+        self._watch = waiting.join(self.rank, self.world) if self.world > 1 else None
 
     @property
     def is_main(self) -> bool:
@@ -59,9 +68,7 @@ class Processes:
 
     def describe(self) -> str:
         """What this run really is, in a line: ``2 processes (DDP, gloo), cpu, 1 thread each, float32``."""
-        stage = self._zero_stage
-        kind = f"DeepSpeed ZeRO-{stage}" if stage else "DDP"
-        engine = f" ({kind}, {self._accelerator.state.backend})" if self.world > 1 or stage else ""
+        engine = f" ({self.engine_name}, {self._accelerator.state.backend})" if self._shares else ""
         precision = {"no": "float32"}.get(self._precision, self._precision)
         each = _count(self.threads, "thread") + (" each" if self.world > 1 else "")
         return f"{_count(self.world, 'process')}{engine}, {self._device_name()}, {each}, {precision}"
@@ -71,25 +78,33 @@ class Processes:
         if self.is_main:
             print(text, flush=True)
 
+    def doing(self, text: str) -> None:
+        """Say what this process works on: what others are told that wait for it."""
+        if self._watch:
+            self._watch.doing(text)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
-            torch.distributed.barrier()
+            with self._waiting("barrier"):
+                torch.distributed.barrier()
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every process's ``values`` [...], stacked by rank, [world, ...]. All must call, with one shape."""
+        """Every process's ``values`` [...], stacked by rank, [world, ...] on the CPU. All must call, with one shape."""
         if self.world == 1:
-            return values[None]
+            return values[None].cpu()
         parts = [torch.empty_like(values) for _ in range(self.world)]
-        torch.distributed.all_gather(parts, values.contiguous())
-        return torch.stack(parts)
+        with self._waiting("gather"):
+            torch.distributed.all_gather(parts, values.contiguous())
+            return torch.stack(parts).cpu()
 
     def gather_object(self, value: T) -> list[T]:
         """Every process's ``value``, by rank. All must call."""
         if self.world == 1:
             return [value]
         parts: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(parts, value)
+        with self._waiting("gather_object"):
+            torch.distributed.all_gather_object(parts, value)
         return parts
 
     def broadcast(self, value: T) -> T:
@@ -97,7 +112,8 @@ class Processes:
         if self.world == 1:
             return value
         parts: list[Any] = [value if self.is_main else None]
-        torch.distributed.broadcast_object_list(parts, src=0)
+        with self._waiting("broadcast"):
+            torch.distributed.broadcast_object_list(parts, src=0)
         return parts[0]
 
     def all(self, flag: bool) -> bool:
@@ -113,11 +129,12 @@ class Processes:
         if self.world == 1:
             return number
         held = torch.tensor(number, device=self.device)
-        torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-        return int(held)
+        with self._waiting("most"):
+            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+            return int(held)
 
-    def on_main(self, function: Callable[[], T]) -> T:
-        """Run ``function`` on the main process alone and give its result to all.
+    def on_main(self, function: Callable[[], T], doing: str) -> T:
+        """Run ``function``, which is ``doing`` that, on the main process alone and give its result to all.
 
         What it raises is raised on all of them, so that none waits for one that has failed.
         """
@@ -126,6 +143,7 @@ class Processes:
         result: Any = None
         failure: Exception | None = None
         if self.is_main:
+            self.doing(doing)
             try:
                 result = function()
             except Exception as error:
@@ -136,9 +154,16 @@ class Processes:
         return result
 
     @property
+    def engine_name(self) -> str:
+        """What people call the engine: "DDP", "DeepSpeed ZeRO-3", "FSDP2"."""
+        if self._fsdp:
+            return "FSDP2"
+        return f"DeepSpeed ZeRO-{self._zero_stage}" if self._zero_stage else "DDP"
+
+    @property
     def shards_weights(self) -> bool:
         """Whether the engine will give each process only a piece of every weight."""
-        return self._zero_stage == 3
+        return self._zero_stage == 3 or self._fsdp is not None
 
     def engine(
         self,
@@ -156,15 +181,33 @@ class Processes:
         Raises:
             GuardError: the engine is not the one that was asked for.
         """
+        autocast = torch.bfloat16 if self._precision == "bf16" else None
+        if self._fsdp:
+            sharded = Fsdp2(self._accelerator, trainee, optimizer, autocast, self._fsdp)
+            waiting.wait_for_ever()  # it has made groups of its own
+            return sharded
         if self._zero_stage:
-            autocast = torch.bfloat16 if self._precision == "bf16" else None
             engine = Zero(self._accelerator, trainee, optimizer, autocast, outside)
+            waiting.wait_for_ever()  # so has DeepSpeed
             if engine.stage != self._zero_stage:
                 raise GuardError(f"ZeRO-{self._zero_stage} was asked for, DeepSpeed runs stage {engine.stage}")
             return engine
-        if phased:
-            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        return Replicated(self._accelerator, trainee, optimizer)
+        return Replicated(self._accelerator, trainee, optimizer, phased)
+
+    def _leave(self) -> None:
+        """Tell the others and close the connections in order: gloo aborts a process that ends with open ones."""
+        failure = getattr(sys, "last_value", None)
+        if self._watch:
+            self._watch.leave(failure)
+        if torch.distributed.is_initialized() and (failure is None or self.device.type == "cpu"):
+            torch.distributed.destroy_process_group()  # NCCL would wait for the others
+
+    def _waiting(self, where: str) -> AbstractContextManager[None]:
+        return self._watch.waiting(where) if self._watch else nullcontext()
+
+    @property
+    def _shares(self) -> bool:
+        return self.world > 1 or self.engine_name != "DDP"
 
     @property
     def _zero_stage(self) -> int:
@@ -176,11 +219,8 @@ class Processes:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
 
-def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIENCE) -> Processes:
+def start(train: TrainConfig | None = None) -> Processes:
     """Join this run's processes, choose a device and a number of threads, and say what came of it.
-
-    Args:
-        patience: how long one of them waits for the others.
 
     Raises:
         UserError: what was asked for is not what can be had: fewer processes than the launcher was told, float16
@@ -193,14 +233,15 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
         raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
     _forget_earlier_runs()
     plugin = zero_settings.plugin(train, on_cpu) if zero_settings.asked() else None
+    fsdp = fsdp_settings.settings(train) if fsdp_settings.asked() else None
     handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience))
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=JOINING))
     accelerator = Accelerator(
         # unless told, accelerate takes two processes without GPU for two runs, and averages nothing; told so, it would
         # leave out DeepSpeed without a word
         cpu=on_cpu and plugin is None,
-        mixed_precision="no" if plugin else train.mixed_precision,  # of weights, were DeepSpeed to hear of it
+        mixed_precision="no" if plugin or fsdp else train.mixed_precision,  # of weights, were these to hear of it
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
@@ -208,9 +249,12 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
     if plugin:
         plugin.dschf = None  # by which transformers would load networks in pieces, and those of the report too
     torch.set_num_threads(threads)  # accelerate sets its own number while it starts
-    processes = Processes(accelerator, threads, train.mixed_precision)
-    atexit.register(_leave)
+    processes = Processes(accelerator, threads, train.mixed_precision, fsdp)
+    atexit.register(processes._leave)
     _require_what_was_asked(processes)
+    if processes.world > 1:
+        processes.barrier()  # connects them: NCCL does so at the first call, with a timeout
+        waiting.wait_for_ever()
     processes.say(processes.describe())
     return processes
 
@@ -223,17 +267,11 @@ def _forget_earlier_runs() -> None:
         PartialState._reset_state()
 
 
-def _leave() -> None:
-    """Close the connections in order: gloo aborts a process that ends with open ones."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def _require_what_was_asked(processes: Processes) -> None:
     if zero_settings.asked() and processes._accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(f"DeepSpeed asked for, but this is {processes.describe()}; start it with a launcher")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("FSDP asked for, which this version does not train with; take zero3 (docs/distributed.md)")
+    if processes._fsdp and not torch.distributed.is_initialized():
+        raise UserError(f"FSDP2 asked for, but this is {processes.describe()}; start it with a launcher")
     asked = asked_processes()
     if asked is not None and asked != processes.world:
         raise UserError(

@@ -148,6 +148,7 @@ def _arguments(arguments: list[str]) -> tuple[Path, list[str]]:
 
 def _leave(error: Exception, code: int) -> None:
     """Say it and end. Every process of a run finds the same in a recipe, so one of them says it."""
+    sys.last_value = error  # as the interpreter does with what nobody catches: the other processes are told of it
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not isinstance(error, RecipeError):
         said = f"{error}" if rank == "0" else f"rank {rank}: {error}"

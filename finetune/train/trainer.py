@@ -121,7 +121,7 @@ class Trainer:
         optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.peak_learning_rate)
         require_one_home(networks, self._groups, optimizer)
         if processes.shards_weights:
-            _require_plain(recipe)
+            _require_plain(recipe, processes.engine_name)
             adapter.share_networks()
         also = ["denoiser"] if processes.shards_weights else []
         self._trainee = Trainee(networks, loss, adapter.penalty, also)
@@ -241,6 +241,7 @@ class Trainer:
         self._ids: list[str] = []
         self._count = 0
         self._began = time.perf_counter()
+        self.processes.doing(f"step {self.step + 1}")
         self.adapter.begin_step(self.step)
 
     def _agree(self) -> dict[str, float]:
@@ -251,7 +252,7 @@ class Trainer:
         names = list(self._losses[0])
         rows = [torch.stack([losses[name] for name in names]) for losses in self._losses]
         wish = torch.full_like(rows[0], float(self._signals.name is not None))
-        told = self.processes.gather(torch.stack([*rows, wish])).cpu()  # [world, micro-steps + 1, losses]
+        told = self.processes.gather(torch.stack([*rows, wish]))  # [world, micro-steps + 1, losses]
         losses = told[:, :-1]
         if not bool(torch.isfinite(losses).all()):
             require_finite_losses(losses.sum(-1), self.processes.gather_object(self._ids), self.step + 1)
@@ -313,12 +314,15 @@ class Trainer:
             trained = {name: value.detach() for name, value in self._parameters.items()}
             saved = Snapshot(self.step, trained, average, memory, facts)
             keep = self.recipe.checkpoint.keep
-            self.processes.on_main(lambda: checkpoint.save(self.folder.checkpoints, saved, keep))
+            self.processes.on_main(
+                lambda: checkpoint.save(self.folder.checkpoints, saved, keep),
+                f"writing the checkpoint of step {self.step}",
+            )
 
     def _resume(self) -> None:
         if not self.recipe.checkpoint.resume:
             return
-        path = self.processes.on_main(lambda: checkpoint.newest(self.folder.checkpoints))
+        path = self.processes.on_main(lambda: checkpoint.newest(self.folder.checkpoints), "reading checkpoints")
         if path is None:
             return
         saved = checkpoint.load(path)
@@ -366,7 +370,7 @@ class Trainer:
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
 
 
-def _require_plain(recipe: Recipe) -> None:
+def _require_plain(recipe: Recipe, engine: str) -> None:
     """Refuse what has its own place for weights that the engine would deal out.
 
     Raises:
@@ -374,4 +378,4 @@ def _require_plain(recipe: Recipe) -> None:
     """
     for key in ("quantize", "block_swap"):
         if getattr(recipe.model, key):
-            raise UserError(f"model.{key} does not work with ZeRO-3, which deals the base out; take zero2 or ddp")
+            raise UserError(f"model.{key} does not work with {engine}, which deals the base out; take zero2 or ddp")
