@@ -36,6 +36,7 @@ launcher=(
     --main_process_ip "$head"
     --main_process_port $((20000 + SLURM_JOB_ID % 10000)) # its own, where jobs share a machine
     --rdzv_backend c10d
+    --rdzv_conf read_timeout=600 # seconds in which the first machine must have come
     --max_restarts "${RESTARTS:-3}"
 )
 export PET_RDZV_ID="slurm-$SLURM_JOB_ID"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from small import install, write_program
 from started import Started, started
 
 SRUN = """\
@@ -55,11 +56,11 @@ class Slurm:
     def __init__(self, folder: Path, script: Path, arguments: Sequence[str | Path], job: int) -> None:
         self._folder, self._script, self._job = folder, script, job
         self._arguments = [str(argument) for argument in arguments]
-        (folder / "bin").mkdir(parents=True, exist_ok=True)
         self._requeued = folder / "requeued"
-        self._write("srun", f"#!{sys.executable}\n{SRUN}")
-        self._write("scontrol", "#!/bin/bash\n" + SCONTROL.format(requeued=shlex.quote(str(self._requeued))))
-        self._write("finetune", f'#!/bin/bash\nexec {shlex.quote(sys.executable)} -m finetune "$@"\n')
+        write_program(folder / "bin" / "srun", f"#!{sys.executable}\n{SRUN}")
+        scontrol = SCONTROL.format(requeued=shlex.quote(str(self._requeued)))
+        write_program(folder / "bin" / "scontrol", f"#!/bin/bash\n{scontrol}")
+        install(folder / "bin")
         self.directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", script.read_text(), re.MULTILINE))
 
     @property
@@ -80,8 +81,3 @@ class Slurm:
         command = ["bash", str(self._script), *self._arguments]
         with started(command, self._folder / "log", **given, **environment) as running:
             yield running
-
-    def _write(self, name: str, text: str) -> None:
-        path = self._folder / "bin" / name
-        path.write_text(text)
-        path.chmod(0o755)

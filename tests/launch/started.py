@@ -22,13 +22,16 @@ PATIENCE = 240.0  # seconds: none of these tests waits that long unless somethin
 class Started:
     """A command in a session of its own; what it says goes to a file."""
 
-    def __init__(self, command: Sequence[str | Path], said: Path, **environment: str) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], said: Path, cwd: Path | None = None, /, **environment: str
+    ) -> None:
         self._said = said
         with said.open("a") as file:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                cwd=cwd,
                 env=surroundings(**environment),
                 start_new_session=True,
             )
@@ -73,8 +76,10 @@ class Started:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str | Path], said: Path, **environment: str) -> Iterator[Started]:
-    running = Started(command, said, **environment)
+def started(
+    command: Sequence[str | Path], said: Path, cwd: Path | None = None, /, **environment: str
+) -> Iterator[Started]:
+    running = Started(command, said, cwd, **environment)
     try:
         yield running
     finally:

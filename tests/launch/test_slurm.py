@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
-from PIL import Image
-from safetensors.torch import load_file
 from slurm import Slurm
-from started import ROOT, free_port, started, steps
+from small import assert_as_on_one_process, write_recipe
+from started import ROOT, listening, steps
 
 SCRIPT = ROOT / "launch" / "slurm" / "train.sh"
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_sd: Path) -> Path:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for number in range(3):
-        Image.new("RGB", (16, 16), (40, 60 * number, 90)).save(pictures / f"{number}.png")
-    values = {
-        "recipe": "lora",
-        "output": str(tmp_path / "run"),
-        "model": {"path": str(tiny_sd)},
-        "adapter": {"kind": "lora", "rank": 2},
-        "data": {
-            "resolution": 16,
-            "concepts": [{"folder": str(pictures), "prompt": "a photo of zib star", "trigger": "zib"}],
-            "cache": {"folder": str(tmp_path / "cache")},
-        },
-        "train": {"steps": 100, "batch_size": 1, "optimizer": {"name": "adamw", "eps": 1e-4}, "threads": 1},
-        "checkpoint": {"every": 3},
-        "report": {"enabled": False},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return write_recipe(tmp_path, tiny_sd, steps=100)
 
 
 def queue(tmp_path: Path, *arguments: str | Path) -> Slurm:
     """A job whose port, which follows from its number, is free."""
-    while not 20000 <= (port := free_port()) < 30000:
-        pass
-    return Slurm(tmp_path, SCRIPT, arguments, job=port - 20000)
+    job = next(number for number in random.sample(range(10000), 100) if not listening(20000 + number))
+    return Slurm(tmp_path, SCRIPT, arguments, job)
 
 
 def test_the_script_is_one_that_bash_and_slurm_read(tmp_path: Path) -> None:
@@ -85,21 +62,7 @@ def test_a_job_whose_time_is_over_continues_and_ends_as_one_with_time_enough(rec
         assert job.code() == 0, job.said
     assert slurm.requeued == 1, "a run that is done is not queued again"
     assert f"continuing from {run}/checkpoints/step-{stopped:06d}" in job.said
-    one = tmp_path / "one"
-    alone = ["finetune", "train", recipe, f"output={one}", "train.batch_size=2"]
-    with started(alone, tmp_path / "said") as running:
-        assert running.code() == 0, running.said
-    rows, expected = (
-        [(row["step"], row["loss"]) for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines())]
-        for path in (run, one)
-    )
-    assert [step for step, _ in rows] == list(range(1, 101))
-    assert [loss for _, loss in rows] == pytest.approx([loss for _, loss in expected], abs=1e-5)
-    files = sorted(path.relative_to(one) for path in one.glob("adapters/**/*.safetensors"))
-    assert files
-    for path in files:
-        ours, theirs = load_file(run / path), load_file(one / path)
-        assert all(value.allclose(theirs[name], rtol=0, atol=1e-5) for name, value in ours.items())
+    assert_as_on_one_process(recipe, run, tmp_path)
 
 
 @pytest.mark.slow
