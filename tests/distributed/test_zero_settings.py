@@ -33,7 +33,7 @@ def test_an_optimizer_on_a_disk_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["", "relative", "/there/is/none"])
 def test_a_disk_has_a_folder(folder: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"offload_param\.nvme_path is '.*expected a folder"):
+    with pytest.raises(UserError, match=r"offload_param\.nvme_path is '.*expected a writable folder"):
         _settings_file(settings(tmp_path, offload_param={"device": "nvme", "nvme_path": folder or None}))
 
 

@@ -53,7 +53,7 @@ def install(folder: Path) -> Path:
 
 def assert_as_on_one_process(recipe: Path, run: Path, folder: Path) -> None:
     """What two processes have trained is what one trains: each step once, its loss, and the files."""
-    one = folder / "one"
+    one = folder / "one" / run.name  # which names files
     alone: list[str | Path] = [sys.executable, "-m", "finetune", "train", recipe, f"output={one}", "train.batch_size=2"]
     with started(alone, folder / "one.log") as running:
         assert running.code() == 0, running.said
