@@ -346,6 +346,7 @@ class Trainer:
             raise UserError(
                 f"{self.folder.path} was trained with {facts['samples_per_step']} pictures a step, here it would be "
                 f"{here}: processes x train.batch_size x train.gradient_accumulation_steps must stay the same"
+                f"{self._same_again(facts['samples_per_step'])}"
             )
         if {name: value.shape for name, value in saved.trained.items()} != self._shapes:
             raise UserError(f"{self.folder.path} holds a run that trains other weights than this recipe")
@@ -358,6 +359,11 @@ class Trainer:
 
     def _whole(self, change: bool = False) -> AbstractContextManager[None]:
         return self._engine.whole(list(self._parameters.values()), change)
+
+    def _same_again(self, samples: int) -> str:
+        """The setting that makes ``samples`` a step of as many processes as there are now, where one does."""
+        parts, left = divmod(samples, self.recipe.train.batch_size * self.processes.world)
+        return "" if left else f"; with train.gradient_accumulation_steps={parts} they do"
 
     def _samples_per_step(self) -> int:
         train = self.recipe.train
