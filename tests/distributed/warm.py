@@ -7,12 +7,12 @@ itself, which ends all when one fails; tests of that start it for real.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import multiprocessing
 import os
 import runpy
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,7 @@ _MODELS = ("transformers.models.clip.modeling_clip", "diffusers.pipelines.stable
 _OURS = ("finetune.finish", "finetune.preview", "finetune.adapters", "finetune.data", "finetune.train")
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([*_LIBRARIES, *_MODELS, *_OURS])
-_GRACE = 5.0  # seconds that others have to end by themselves when one has failed
+_GRACE = 15.0  # seconds in which the others end by themselves when one has failed, or are ended
 
 
 def told(launcher: list[str]) -> Iterator[dict[str, str]]:
@@ -54,16 +54,15 @@ def told(launcher: list[str]) -> Iterator[dict[str, str]]:
 def run(
     environments: list[Mapping[str, str]], script: Path, arguments: tuple[str, ...], timeout: float
 ) -> tuple[int, str]:
-    """Exit code and output of one process for each environment."""
+    """Exit code and output of one process for each environment. None of them outlives the call."""
+    started: list[multiprocessing.context.ForkServerProcess] = []
     with TemporaryDirectory() as folder:
         said = [Path(folder) / str(rank) for rank in range(len(environments))]
-        started = [
-            _SERVER.Process(target=_become, args=(dict(environment), str(script), arguments, str(path)))
-            for environment, path in zip(environments, said, strict=True)
-        ]
-        for process in started:
-            process.start()
         try:
+            for environment, path in zip(environments, said, strict=True):
+                process = _SERVER.Process(target=_become, args=(dict(environment), str(script), arguments, str(path)))
+                process.start()
+                started.append(process)
             _wait(started, time.monotonic() + timeout)
         finally:
             for process in started:
@@ -93,8 +92,11 @@ def _become(environment: dict[str, str], script: str, arguments: tuple[str, ...]
     sys.argv = [script, *arguments]
     sys.path[:0] = [str(Path(script).parent), *filter(None, environment.get("PYTHONPATH", "").split(":"))]
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            runpy.run_path(script, run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
+    except Exception as error:
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+        traceback.print_exc()
+        raise SystemExit(1) from None
     finally:
         sys.stdout.flush()
         atexit._run_exitfuncs()
