@@ -44,6 +44,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
         "train": {"gradient_checkpointing": True},
     },
 }
+HALF = {"adapter": LORA, "model": {"dtype": "bfloat16"}, "train": {"mixed_precision": "bf16"}}
 
 
 class Setting:
@@ -58,7 +59,7 @@ class Setting:
         Adam divides by what is nearly nothing where a gradient is zero but for rounding, as a key's bias has it:
         ``eps`` is large enough to hide that.
         """
-        sections = dict(METHODS[method])
+        sections = dict(HALF if method == "half" else METHODS[method])
         word = "<zib>" if sections["adapter"]["kind"] in ("embedding", "pivotal") else "zib"
         shapes = method == "shapes"
         size, parts = {1: (2, 2), 2: (1, 2), 4: (1, 1)}[world]
@@ -84,7 +85,7 @@ class Setting:
             "recipe": "lora",
             "output": str(output),
             "seed": 3,
-            "model": {"path": str(self.model)},
+            "model": {"path": str(self.model), **sections.pop("model", {})},
             "data": {**data, "buckets": {"step": 8} if shapes else None},
             "train": train,
             "report": {"enabled": False},

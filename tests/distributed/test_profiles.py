@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import MATRIX, METHODS, Setting, assert_same_run, drawn, passes, reference, toys_equal
+from cells import MATRIX, METHODS, Setting, assert_same_run, drawn, losses, passes, reference, toys_equal
 from launching import PROFILES, ROOT, TOY, alone, launch, profile, together, toy
 from safetensors.torch import load_file, save_file
 
@@ -52,6 +52,18 @@ def test_two_processes_train_every_method_as_one_does(
         sizes = [[row[1] for row in rows] for rows in ranks]
         assert sizes[0] != sizes[1], "or nothing was shown: both have run the denoiser equally often by chance"
     shutil.rmtree(two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_a_base_in_half_precision_is_dealt_out_too(name: str, setting: Setting, tmp_path: Path) -> None:
+    """Frozen bfloat16 beside float32 that trains, in one block; rounding depends on how many pictures go together."""
+    one, two = reference(setting, ("half",)) / "half", setting.folder / name / "half"
+    code, said = together(profile(name, tmp_path), MATRIX, setting.write(name, ("half",), 2))
+    assert code == 0 and "bf16" in said, said
+    assert drawn(passes(one, 1)) == drawn(passes(two, 2))
+    for row, again in zip(losses(one), losses(two), strict=True):
+        assert row == pytest.approx(again, rel=2e-2)
 
 
 def stop_at(step: int, path: Path, output: Path) -> None:
