@@ -31,7 +31,7 @@ class Fsdp2:
     """An ``Engine`` under FSDP2.
 
     Args:
-        trainee, optimizer: wrapped once. What the loss reads outside of the modules that hold it lies outside of blocks.
+        trainee, optimizer: wrapped once. What the loss reads outside of the modules that hold it must be in no block.
         autocast: of the forward pass, None for float32.
     """
 
@@ -78,7 +78,7 @@ class Fsdp2:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Count one micro-step. Gradients go to their processes in each: whole ones would take more than the weights."""
+        """Count one micro-step. Gradients are cut in each: whole ones would take as much memory as whole weights."""
         self._done = self._done % self._steps + 1
         yield
 
@@ -219,7 +219,7 @@ class Fsdp2:
         return found[:rows].clone() if rows < len(found) else found
 
     def _mine(self, piece: Tensor, value: Tensor) -> Tensor:
-        """This process's rows of ``value``, which is whole."""
+        """The rows of ``value``, which is whole, that are of this process."""
         longest = -(-len(value) // self._world)
         return value.narrow(0, min(longest * self._rank, len(value)), len(piece))
 
@@ -288,10 +288,10 @@ def _units(trainee: nn.Module) -> list[nn.Module]:
     units: list[nn.Module] = []
     dealt: set[nn.Parameter] = set()
     for name, part in reversed(list(trainee.named_modules())):
-        if name in outside | blocks.keys() and not isinstance(part, nn.ModuleList | nn.ModuleDict):
-            if own := set(part.parameters()) - dealt:
-                units.append(part)
-                dealt |= own
+        own = set(part.parameters()) - dealt if name in outside | blocks.keys() else set()
+        if own and not isinstance(part, nn.ModuleList | nn.ModuleDict):
+            units.append(part)
+            dealt |= own
     return units
 
 
