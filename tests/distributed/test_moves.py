@@ -83,10 +83,8 @@ def test_a_lora_goes_from_one_process_to_two_and_back(name: str, setting: Settin
 @pytest.mark.slow
 def test_another_number_of_processes_says_what_would_fit(tmp_path: Path) -> None:
     stop(ONE, 2, 4, tmp_path, tmp_path / "run")
-    for world, advice in (
-        (2, "train.batch_size=2 train.gradient_accumulation_steps=1 would do"),
-        (3, "take 1, 2 or 4"),
-    ):
+    two = "On 2 processes train.batch_size=2 train.gradient_accumulation_steps=1 would do"
+    for world, advice in ((2, two), (3, "No values do on 3 processes; take 1, 2 or 4 of them")):
         path = toy(tmp_path / "again.json", tmp_path / "run", batch_size=PICTURES, steps=4)
         code, said = start(("cpu-2", world), tmp_path, TOY, path)
         assert code == 2 and advice in said, said
