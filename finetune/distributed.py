@@ -19,7 +19,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import Tensor, nn
 
 from finetune.config.schema import TrainConfig
-from finetune.engines import Engine, zero_settings
+from finetune.engines import Engine, fsdp_settings, zero_settings
+from finetune.engines.fsdp import Fsdp2
+from finetune.engines.fsdp_settings import FsdpSettings
 from finetune.engines.replicated import Replicated
 from finetune.engines.zero import Zero
 from finetune.errors import GuardError, Stopped, UserError
@@ -42,9 +44,12 @@ class Processes:
         threads: CPU threads of this process.
     """
 
-    def __init__(self, accelerator: Accelerator, threads: int, precision: str = "no") -> None:
+    def __init__(
+        self, accelerator: Accelerator, threads: int, precision: str = "no", fsdp: FsdpSettings | None = None
+    ) -> None:
         self._accelerator = accelerator
         self._precision = precision
+        self._fsdp = fsdp
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
@@ -59,9 +64,7 @@ class Processes:
 
     def describe(self) -> str:
         """What this run really is, in a line: ``2 processes (DDP, gloo), cpu, 1 thread each, float32``."""
-        stage = self._zero_stage
-        kind = f"DeepSpeed ZeRO-{stage}" if stage else "DDP"
-        engine = f" ({kind}, {self._accelerator.state.backend})" if self.world > 1 or stage else ""
+        engine = f" ({self.engine_name}, {self._accelerator.state.backend})" if self._shares else ""
         precision = {"no": "float32"}.get(self._precision, self._precision)
         each = _count(self.threads, "thread") + (" each" if self.world > 1 else "")
         return f"{_count(self.world, 'process')}{engine}, {self._device_name()}, {each}, {precision}"
@@ -136,9 +139,16 @@ class Processes:
         return result
 
     @property
+    def engine_name(self) -> str:
+        """What people call the engine: "DDP", "DeepSpeed ZeRO-3", "FSDP2"."""
+        if self._fsdp:
+            return "FSDP2"
+        return f"DeepSpeed ZeRO-{self._zero_stage}" if self._zero_stage else "DDP"
+
+    @property
     def shards_weights(self) -> bool:
         """Whether the engine will give each process only a piece of every weight."""
-        return self._zero_stage == 3
+        return self._zero_stage == 3 or self._fsdp is not None
 
     def engine(
         self,
@@ -156,8 +166,10 @@ class Processes:
         Raises:
             GuardError: the engine is not the one that was asked for.
         """
+        autocast = torch.bfloat16 if self._precision == "bf16" else None
+        if self._fsdp:
+            return Fsdp2(self._accelerator, trainee, optimizer, autocast, self._fsdp)
         if self._zero_stage:
-            autocast = torch.bfloat16 if self._precision == "bf16" else None
             engine = Zero(self._accelerator, trainee, optimizer, autocast, outside)
             if engine.stage != self._zero_stage:
                 raise GuardError(f"ZeRO-{self._zero_stage} was asked for, DeepSpeed runs stage {engine.stage}")
@@ -165,6 +177,10 @@ class Processes:
         if phased:
             self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return Replicated(self._accelerator, trainee, optimizer)
+
+    @property
+    def _shares(self) -> bool:
+        return self.world > 1 or self.engine_name != "DDP"
 
     @property
     def _zero_stage(self) -> int:
@@ -193,6 +209,7 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
         raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
     _forget_earlier_runs()
     plugin = zero_settings.plugin(train, on_cpu) if zero_settings.asked() else None
+    fsdp = fsdp_settings.settings(train) if fsdp_settings.asked() else None
     handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience))
@@ -200,7 +217,7 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
         # unless told, accelerate takes two processes without GPU for two runs, and averages nothing; told so, it would
         # leave out DeepSpeed without a word
         cpu=on_cpu and plugin is None,
-        mixed_precision="no" if plugin else train.mixed_precision,  # of weights, were DeepSpeed to hear of it
+        mixed_precision="no" if plugin or fsdp else train.mixed_precision,  # of weights, were these to hear of it
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
@@ -208,7 +225,7 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
     if plugin:
         plugin.dschf = None  # by which transformers would load networks in pieces, and those of the report too
     torch.set_num_threads(threads)  # accelerate sets its own number while it starts
-    processes = Processes(accelerator, threads, train.mixed_precision)
+    processes = Processes(accelerator, threads, train.mixed_precision, fsdp)
     atexit.register(_leave)
     _require_what_was_asked(processes)
     processes.say(processes.describe())
@@ -232,8 +249,8 @@ def _leave() -> None:
 def _require_what_was_asked(processes: Processes) -> None:
     if zero_settings.asked() and processes._accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(f"DeepSpeed asked for, but this is {processes.describe()}; start it with a launcher")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("FSDP asked for, which this version does not train with; take zero3 (docs/distributed.md)")
+    if processes._fsdp and not torch.distributed.is_initialized():
+        raise UserError(f"FSDP2 asked for, but this is {processes.describe()}; start it with a launcher")
     asked = asked_processes()
     if asked is not None and asked != processes.world:
         raise UserError(
