@@ -2,10 +2,12 @@
 tests/benchmarks/scaling.py.
 
 ``python scaling_run.py CELLS.json``: ``{name: recipe}``. Beside each run's output folder comes ``<name>.<rank>.json``.
+Bytes are counted as storages of tensors, and collectives as they reach c10d, whoever asks for them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import json
@@ -16,12 +18,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.config import Recipe
 from finetune.config.command import exit_codes
+from finetune.plan.inventory import inventory
 from finetune.train import Trainer
 
 WAYS = {  # of c10d's operators -> what it does, and which of its arguments holds what all processes have together
@@ -35,32 +37,24 @@ WAYS = {  # of c10d's operators -> what it does, and which of its arguments hold
     "reduce_scatter_": ("reduce_scatter", 1),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
     "broadcast_": ("broadcast", 0),
-    "reduce_": ("reduce", 0),
 }
 
 
 class Sent(TorchDispatchMode):
-    """Inside, notes every collective: what it does, and the bytes of the whole tensor it is about."""
+    """Inside, notes every collective: what it does, and the bytes of the whole tensor that it is about.
+
+    One that is not known here is an error, since it would be a way of sending that nobody counts.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and func._opname not in ("barrier", "monitored_barrier_"):
+        if func.namespace == "c10d" and "barrier" not in func._opname:
             way, place = WAYS[func._opname]
             self.calls.append((way, sum(one.nbytes for one in tensors(args[place]))))
         return func(*args, **(kwargs or {}))
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors(one)
 
 
 class Storages:
@@ -72,77 +66,100 @@ class Storages:
 
     def add(self, name: str, found: Iterable[Tensor | None]) -> None:
         for tensor in found:
-            if tensor is None:
+            local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+            if local is None or local.device.type == "meta" or not local.numel():
                 continue
-            local = getattr(tensor, "_local_tensor", tensor)
-            try:
-                storage = local.untyped_storage()
-            except (NotImplementedError, RuntimeError):
-                continue
-            if storage.device.type == "meta" or storage._cdata in self._seen:
-                continue
-            self._seen.add(storage._cdata)
-            self.bytes[name] += storage.nbytes()
+            storage = local.untyped_storage()
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.bytes[name] += storage.nbytes()
 
 
-def held(trainer: Trainer, networks: nn.Module) -> dict[str, int]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors(one)
+
+
+def held(trainer: Trainer, networks: nn.Module) -> Counter[str]:
     """Bytes of this process, by what they are for."""
     engine: Any = trainer._engine
-    zero, found = getattr(engine, "_zero", None), Storages()
-    weights = list(networks.parameters())
+    zero: Any = getattr(engine, "_zero", None)
+    found, weights = Storages(), list(networks.parameters())
     updated = [one for group in engine.optimizer.param_groups for one in group["params"]]
     updated += engine._flats() if zero is not None else []
-    for what, chosen in (
-        ("frozen", [one for one in weights if not one.requires_grad]),
-        ("trained", [one for one in weights if one.requires_grad]),
-    ):
-        found.add(what, chosen)
-        found.add(what, [getattr(one, "ds_tensor", None) for one in chosen])
-    found.add("buffers", networks.buffers())
+    for what, flag in (("frozen", False), ("trained", True)):
+        chosen = [one for one in weights if one.requires_grad is flag]
+        found.add(what, [*chosen, *(getattr(one, "ds_tensor", None) for one in chosen)])  # and its piece under ZeRO-3
+    found.add("beside", networks.buffers())
     found.add("copies", updated)
     found.add("gradients", [one.grad for one in (*weights, *updated)])
-    found.add("gradients", [getattr(zero, "grad_partitions_flat_buffer", None)])
-    found.add("gradients", tensors(dict(getattr(zero, "averaged_gradients", {}))))
-    memory = (value for state in engine.optimizer.state.values() for name, value in state.items() if name != "step")
-    found.add("optimizer", tensors(list(memory)))
-    reducer = getattr(getattr(engine, "_trainee", None), "reducer", None)
-    buckets = [bucket for bucket in reducer._get_zeros_like_grad_buckets()] if reducer else []
-    found.bytes["buckets"] += sum(bucket.buffer().nbytes for bucket in buckets)
-    others = [one for one in gc.get_objects() if isinstance(one, Tensor)]
-    found.add("others", others)
-    big = sorted({(tuple(o.shape), o.untyped_storage().nbytes()) for o in others if type(o) in (Tensor, nn.Parameter) and o.device.type != "meta"}, key=lambda x: -x[1])[:6]
-    return {**found.bytes, "big": big}
+    averaged = getattr(zero, "averaged_gradients", {}).values()
+    found.add("gradients", [getattr(zero, "grad_partitions_flat_buffer", None), *tensors(list(averaged))])
+    memory = [value for state in engine.optimizer.state.values() for what, value in state.items() if what != "step"]
+    found.add("optimizer", tensors(memory))
+    found.add("others", [one for one in gc.get_objects() if isinstance(one, Tensor)])
+    return found.bytes
 
 
-def main(cells: Path) -> None:
-    made: dict[int, nn.Module] = {}
-    begin, update, finish = Trainer.__init__, Trainer.update, Trainer._finish_step
-    steps: list[dict[str, Any]] = []
+class Notes:
+    """What is written down of one run."""
 
-    def noting_init(self: Trainer, recipe: Any, processes: Any, networks: nn.ModuleDict, *rest: Any) -> None:
-        made["networks"] = networks
-        begin(self, recipe, processes, networks, *rest)
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.weights: list[dict[str, Any]] = []
+        self.start = 0  # bytes that lie about before anything is wrapped
+        self.held: dict[str, int] = {}
+        self.sent: list[tuple[str, int]] = []  # of the step that goes on
+        self.last: list[tuple[str, int]] = []  # of the last whole one
+
+    def write(self) -> None:
+        told = {"weights": self.weights, "held": self.held, "sent": self.last}
+        Path(f"{self.recipe.output}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(told))
+
+
+def note(notes: Notes) -> None:
+    """Watch the trainers that are made from here on."""
+    begin, update, finish = _PLAIN
+
+    def noting_begin(self: Trainer, recipe: Any, processes: Any, networks: nn.ModuleDict, adapter: Any, *rest: Any):
+        found = inventory(networks, adapter.groups(), list(networks))
+        notes.weights = [dataclasses.asdict(one) for one in found]
+        self.noted = networks  # type: ignore[attr-defined]
+        begin(self, recipe, processes, networks, adapter, *rest)
 
     def noting_update(self: Trainer, batch: Any) -> Any:
-        steps.append({})
         with Sent() as sent:
             found = update(self, batch)
-        steps[-1]["sent"] = sent.calls
+        notes.sent += sent.calls
+        if self._updated:
+            notes.last, notes.sent = notes.sent, []
         return found
 
     def noting_finish(self: Trainer, *rest: Any) -> None:
-        steps[-1]["before"] = held(self, made["networks"])
+        notes.held = held(self, self.noted)  # type: ignore[attr-defined]
         finish(self, *rest)
-        steps[-1]["after"] = held(self, made["networks"])
 
-    Trainer.__init__, Trainer.update, Trainer._finish_step = noting_init, noting_update, noting_finish  # type: ignore
+    Trainer.__init__, Trainer.update, Trainer._finish_step = (  # type: ignore[method-assign]
+        noting_begin,
+        noting_update,
+        noting_finish,
+    )
+
+
+_PLAIN = Trainer.__init__, Trainer.update, Trainer._finish_step
+
+
+def main(cells: Path) -> None:
     for name, values in json.loads(cells.read_text()).items():
-        steps.clear()
+        print(f"cell {name}", flush=True)
         recipe = Recipe.model_validate_json(json.dumps(values))
+        notes = Notes(recipe)
+        note(notes)
         importlib.import_module(f"recipes.{recipe.recipe}").main(recipe)
-        rank = os.environ.get("RANK", "0")
-        sizes = {kind: sum(p.numel() for p in made["networks"].parameters() if p.requires_grad is flag) for kind, flag in (("trained", True), ("frozen", False))}
-        Path(f"{recipe.output}.{rank}.json").write_text(json.dumps({"sizes": sizes, "steps": steps}))
+        notes.write()
 
 
 if __name__ == "__main__":
