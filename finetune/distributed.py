@@ -9,15 +9,18 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from finetune import waiting
 from finetune.config.schema import TrainConfig
 from finetune.engines import Engine, fsdp_settings, zero_settings
 from finetune.engines.fsdp import Fsdp2
@@ -29,7 +32,7 @@ from finetune.launcher import asked_processes, local_world, set_threads
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(hours=2)  # others wait while the main process draws class images
+JOINING = datetime.timedelta(minutes=10)  # in which all must have come; later nobody's patience ends (``waiting``)
 
 
 class Processes:
@@ -56,6 +59,7 @@ class Processes:
         self.local_world = local_world()
         self.device: torch.device = accelerator.device
         self.threads = threads
+        self._watch = waiting.join(self.rank, self.world) if self.world > 1 else None
 
     @property
     def is_main(self) -> bool:
@@ -74,25 +78,33 @@ class Processes:
         if self.is_main:
             print(text, flush=True)
 
+    def doing(self, text: str) -> None:
+        """Say what this process works on: what others are told that wait for it."""
+        if self._watch:
+            self._watch.doing(text)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
-            torch.distributed.barrier()
+            with self._waiting("barrier"):
+                torch.distributed.barrier()
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every process's ``values`` [...], stacked by rank, [world, ...]. All must call, with one shape."""
+        """Every process's ``values`` [...], stacked by rank, [world, ...] on the CPU. All must call, with one shape."""
         if self.world == 1:
-            return values[None]
+            return values[None].cpu()
         parts = [torch.empty_like(values) for _ in range(self.world)]
-        torch.distributed.all_gather(parts, values.contiguous())
-        return torch.stack(parts)
+        with self._waiting("gather"):
+            torch.distributed.all_gather(parts, values.contiguous())
+            return torch.stack(parts).cpu()
 
     def gather_object(self, value: T) -> list[T]:
         """Every process's ``value``, by rank. All must call."""
         if self.world == 1:
             return [value]
         parts: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(parts, value)
+        with self._waiting("gather_object"):
+            torch.distributed.all_gather_object(parts, value)
         return parts
 
     def broadcast(self, value: T) -> T:
@@ -100,7 +112,8 @@ class Processes:
         if self.world == 1:
             return value
         parts: list[Any] = [value if self.is_main else None]
-        torch.distributed.broadcast_object_list(parts, src=0)
+        with self._waiting("broadcast"):
+            torch.distributed.broadcast_object_list(parts, src=0)
         return parts[0]
 
     def all(self, flag: bool) -> bool:
@@ -116,11 +129,12 @@ class Processes:
         if self.world == 1:
             return number
         held = torch.tensor(number, device=self.device)
-        torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-        return int(held)
+        with self._waiting("most"):
+            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+            return int(held)
 
-    def on_main(self, function: Callable[[], T]) -> T:
-        """Run ``function`` on the main process alone and give its result to all.
+    def on_main(self, function: Callable[[], T], doing: str) -> T:
+        """Run ``function``, which is ``doing`` that, on the main process alone and give its result to all.
 
         What it raises is raised on all of them, so that none waits for one that has failed.
         """
@@ -129,6 +143,7 @@ class Processes:
         result: Any = None
         failure: Exception | None = None
         if self.is_main:
+            self.doing(doing)
             try:
                 result = function()
             except Exception as error:
@@ -168,15 +183,27 @@ class Processes:
         """
         autocast = torch.bfloat16 if self._precision == "bf16" else None
         if self._fsdp:
-            return Fsdp2(self._accelerator, trainee, optimizer, autocast, self._fsdp)
+            sharded = Fsdp2(self._accelerator, trainee, optimizer, autocast, self._fsdp)
+            waiting.wait_for_ever()  # it has made groups of its own
+            return sharded
         if self._zero_stage:
             engine = Zero(self._accelerator, trainee, optimizer, autocast, outside)
+            waiting.wait_for_ever()  # so has DeepSpeed
             if engine.stage != self._zero_stage:
                 raise GuardError(f"ZeRO-{self._zero_stage} was asked for, DeepSpeed runs stage {engine.stage}")
             return engine
-        if phased:
-            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        return Replicated(self._accelerator, trainee, optimizer)
+        return Replicated(self._accelerator, trainee, optimizer, phased)
+
+    def _leave(self) -> None:
+        """Tell the others and close the connections in order: gloo aborts a process that ends with open ones."""
+        failure = getattr(sys, "last_value", None)
+        if self._watch:
+            self._watch.leave(failure)
+        if torch.distributed.is_initialized() and (failure is None or self.device.type == "cpu"):
+            torch.distributed.destroy_process_group()  # NCCL would wait for the others
+
+    def _waiting(self, where: str) -> AbstractContextManager[None]:
+        return self._watch.waiting(where) if self._watch else nullcontext()
 
     @property
     def _shares(self) -> bool:
@@ -192,11 +219,8 @@ class Processes:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
 
-def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIENCE) -> Processes:
+def start(train: TrainConfig | None = None) -> Processes:
     """Join this run's processes, choose a device and a number of threads, and say what came of it.
-
-    Args:
-        patience: how long one of them waits for the others.
 
     Raises:
         UserError: what was asked for is not what can be had: fewer processes than the launcher was told, float16
@@ -212,7 +236,7 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
     fsdp = fsdp_settings.settings(train) if fsdp_settings.asked() else None
     handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience))
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=JOINING))
     accelerator = Accelerator(
         # unless told, accelerate takes two processes without GPU for two runs, and averages nothing; told so, it would
         # leave out DeepSpeed without a word
@@ -226,8 +250,11 @@ def start(train: TrainConfig | None = None, patience: datetime.timedelta = PATIE
         plugin.dschf = None  # by which transformers would load networks in pieces, and those of the report too
     torch.set_num_threads(threads)  # accelerate sets its own number while it starts
     processes = Processes(accelerator, threads, train.mixed_precision, fsdp)
-    atexit.register(_leave)
+    atexit.register(processes._leave)
     _require_what_was_asked(processes)
+    if processes.world > 1:
+        processes.barrier()  # connects them: NCCL does so at the first call, with a timeout
+        waiting.wait_for_ever()
     processes.say(processes.describe())
     return processes
 
@@ -238,12 +265,6 @@ def _forget_earlier_runs() -> None:
     GradientState._reset_state()
     if not torch.distributed.is_initialized():
         PartialState._reset_state()
-
-
-def _leave() -> None:
-    """Close the connections in order: gloo aborts a process that ends with open ones."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _require_what_was_asked(processes: Processes) -> None:

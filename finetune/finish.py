@@ -107,7 +107,9 @@ def write(
                 put_cover(path, _open(cover))
         return [verify(path, weights=one) for path in paths]
 
-    verified = processes.on_main(lambda: [found for one in weights for found in written(one)])
+    verified = processes.on_main(
+        lambda: [found for one in weights for found in written(one)], "exporting and verifying"
+    )
     for one in verified:
         processes.say(str(one))
         one.require()

@@ -49,11 +49,12 @@ def draw(
         if sampler.scheduler:
             pipeline.scheduler = change_scheduler(pipeline.scheduler, sampler.scheduler)
         settings = arguments(family, pipeline, sampler) | away_from(negative, family, pipeline, sampler)
-        mine = {
-            index: one(pipeline, prompt, settings, generator(seed, "sample", number, copy), resolution)
-            for index, (prompt, number, copy) in enumerate(wanted)
-            if index % world == rank
-        }
+        mine = {}
+        for index in range(rank, len(wanted), world):
+            if processes:
+                processes.doing(f"drawing picture {index + 1} of {len(wanted)}")
+            prompt, number, copy = wanted[index]
+            mine[index] = one(pipeline, prompt, settings, generator(seed, "sample", number, copy), resolution)
     parts = processes.gather_object(mine) if processes else [mine]
     drawn = {index: picture for part in parts for index, picture in part.items()}
     return [drawn[index] for index in range(len(wanted))]

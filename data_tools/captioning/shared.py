@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeVar
@@ -17,16 +16,17 @@ from finetune.distributed import Processes, start
 T = TypeVar("T")
 Device = Literal["auto", "cpu"]
 
-PATIENCE = datetime.timedelta(days=30)
-"""Processes wait for one another at the very end alone, and one may have had far more to do than the others."""
-
 
 def join(device: Device) -> Processes:
     """Join the processes of a launcher. What they are is said on stderr, since results go to stdout."""
     with contextlib.redirect_stdout(sys.stderr):
-        return start(TrainConfig(device=device), PATIENCE)
+        return start(TrainConfig(device=device))
 
 
 def shown(items: Iterable[T], what: str, processes: Processes) -> Iterator[T]:
     """``items``, with a line on the main process's stderr that says how many there have been."""
-    return iter(track(items, what, transient=True, console=Console(stderr=True), disable=not processes.is_main))
+    for number, item in enumerate(
+        track(items, what, transient=True, console=Console(stderr=True), disable=not processes.is_main), 1
+    ):
+        processes.doing(f"{what}: {number}")
+        yield item

@@ -46,7 +46,7 @@ def run(
     for problem in problems:
         processes.say(f"no mask: {problem}")
     if sheet:
-        processes.on_main(lambda: preview.write(sheet, made, f"Masks of {source}"))
+        processes.on_main(lambda: preview.write(sheet, made, f"Masks of {source}"), "drawing the sheet")
     new = sum(one.new for one in made)
     processes.say(f"{new} masks made, {len(made) - new} were there, {len(problems)} pictures without one: {out}")
     return not problems

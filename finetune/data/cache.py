@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from finetune import files
 from finetune.data.packs import Damaged, Packs, Tensors
-from finetune.data.processes import Processes
+from finetune.data.processes import Processes, told
 from finetune.errors import UserError
 
 VERSION = 1
@@ -109,6 +109,7 @@ class Store:
         """
         self._look()
         there = [name for name in wanted if name in self]
+        processes.doing(f"{title}: checking what is there")
         self._fill(there[processes.rank :: processes.world], wanted)
         for turn, of in ((processes.rank, processes.world), (processes.local_rank, processes.local_world), (0, 1)):
             processes.barrier()  # everybody has written
@@ -116,7 +117,8 @@ class Store:
             missing = [name for name in wanted if name not in self]
             processes.barrier()  # nobody writes before everybody has looked
             quiet = processes.rank != 0 or not missing
-            self._fill(track(missing[turn::of], title, disable=quiet, transient=True), wanted)
+            mine = told(missing[turn::of], title, processes)
+            self._fill(track(mine, title, len(missing[turn::of]), disable=quiet, transient=True), wanted)
 
     def _fill(self, names: Iterable[str], wanted: Mapping[str, Make]) -> None:
         """Whatever ends it, what was made by then is kept."""

@@ -20,7 +20,7 @@ from finetune.config.schema import SamplerConfig
 from finetune.data import decoding
 from finetune.data.cache import remove_stale
 from finetune.data.folders import picture_files
-from finetune.data.processes import Processes
+from finetune.data.processes import Processes, told
 from finetune.errors import GuardError, UserError
 from finetune.family import ModelFamily
 from finetune.randomness import generator
@@ -110,9 +110,9 @@ class ClassImages:
         if processes.rank == 0 and not (folder / MANIFEST).is_file():
             files.write_json(folder / MANIFEST, {"settings": self._settings, "files": {}})
         share = [i for i in missing if i // self.drawing.batch_size % processes.world == processes.rank]
-        self._draw(folder, share, quiet=processes.rank != 0)
+        self._draw(folder, share, processes)
         processes.barrier()
-        self._draw(folder, self._missing(folder), quiet=True)  # of processes whose disk this one does not see
+        self._draw(folder, self._missing(folder), processes)  # of processes whose disk this one does not see
         paths = [folder / file_name(index) for index in range(self.drawing.count)]
         if processes.rank == 0:
             self._write_manifest(folder, paths)
@@ -128,7 +128,7 @@ class ClassImages:
         known = _hashes(folder)
         return [i for i in range(self.drawing.count) if not _whole(folder / file_name(i), known.get(file_name(i)))]
 
-    def _draw(self, folder: Path, indices: Sequence[int], quiet: bool) -> None:
+    def _draw(self, folder: Path, indices: Sequence[int], processes: Processes) -> None:
         if not indices:
             return
         if any(parameter.requires_grad for parameter in self.family.networks.parameters()):
@@ -139,7 +139,9 @@ class ClassImages:
         with untouched(self.family), inference(self.family) as pipeline:
             if self.drawing.sampler.scheduler:
                 pipeline.scheduler = change_scheduler(pipeline.scheduler, self.drawing.sampler.scheduler)
-            for group in track(groups, f"Drawing {len(indices)} class images", disable=quiet, transient=True):
+            title, quiet = f"Drawing {len(indices)} class images", processes.rank != 0
+            groups_told = told(groups, f"{title}, {size} at a time", processes)
+            for group in track(groups_told, title, len(groups), disable=quiet, transient=True):
                 numbers = range(group * size, (group + 1) * size)
                 for index, image in zip(numbers, self._sample(pipeline, numbers), strict=True):
                     if index in wanted:

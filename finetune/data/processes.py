@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Processes(Protocol):
@@ -33,6 +36,10 @@ class Processes(Protocol):
         """Wait until all processes are here."""
         ...
 
+    def doing(self, text: str) -> None:
+        """Say what this process works on: what others are told that wait for it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Alone:
@@ -45,3 +52,13 @@ class Alone:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+    def doing(self, text: str) -> None:
+        """Nobody to tell."""
+
+
+def told(items: Sequence[T], title: str, processes: Processes) -> Iterator[T]:
+    """``items``, while others are told how far this process is: ``title: 14 of 200``."""
+    for number, item in enumerate(items, 1):
+        processes.doing(f"{title}: {number} of {len(items)}")
+        yield item

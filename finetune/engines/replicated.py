@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -16,15 +17,33 @@ from torch.optim import Optimizer
 from finetune.engines import Memories, Reached, came_of, put
 from finetune.errors import GuardError
 
+FLAT = 128  # MiB of gradients that travel in one call; of more than that, parts travel while backward goes on
+
 
 class Replicated:
-    """Every process holds all weights and the optimizer's memory of them, and gradients are averaged."""
+    """Every process holds all weights and the optimizer's memory of them, and gradients are averaged.
+
+    Those of an adapter, hundreds of small tensors, travel as one flat tensor per update.
+
+    Args:
+        phased: some weights have no part in the loss of some steps, which processes then have to find out.
+    """
 
     sharded = False
 
-    def __init__(self, accelerator: Accelerator, trainee: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(
+        self, accelerator: Accelerator, trainee: nn.Module, optimizer: Optimizer, phased: bool = False
+    ) -> None:
         self._accelerator = accelerator
         self._plain = optimizer
+        trained = sum(parameter.nbytes for group in optimizer.param_groups for parameter in group["params"])
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            # torch's own choice for 25: at first 1 MiB, then 25 at a time
+            bucket_cap_mb=FLAT if trained <= FLAT * 2**20 else 25,
+            gradient_as_bucket_view=True,  # gradients are parts of what travels, not copied into it
+            broadcast_buffers=False,  # they are constants: tables of positions
+            find_unused_parameters=phased,
+        )
         self._trainee, self._optimizer = accelerator.prepare(trainee, optimizer)
         if accelerator.num_processes > 1 and not isinstance(self._trainee, DistributedDataParallel):
             raise GuardError("the processes would not share their gradients: accelerate has wrapped nothing")

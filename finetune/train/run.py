@@ -91,7 +91,7 @@ def check_run(recipe: Recipe, processes: Processes) -> None:
         UserError: the folder holds another run, or is no folder; or the optimizer cannot be had.
     """
     require_available(recipe.train.optimizer)
-    processes.on_main(lambda: _check(RunFolder(Path(recipe.output)), recipe))
+    processes.on_main(lambda: _check(RunFolder(Path(recipe.output)), recipe), "reading the output folder")
 
 
 def open_run(recipe: Recipe, processes: Processes) -> RunFolder:
@@ -101,7 +101,7 @@ def open_run(recipe: Recipe, processes: Processes) -> RunFolder:
         UserError: the folder is no folder of this run.
     """
     folder = RunFolder(Path(recipe.output))
-    processes.on_main(lambda: _open(folder, recipe))
+    processes.on_main(lambda: _open(folder, recipe), "opening the output folder")
     return folder
 
 

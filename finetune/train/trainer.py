@@ -241,6 +241,7 @@ class Trainer:
         self._ids: list[str] = []
         self._count = 0
         self._began = time.perf_counter()
+        self.processes.doing(f"step {self.step + 1}")
         self.adapter.begin_step(self.step)
 
     def _agree(self) -> dict[str, float]:
@@ -251,7 +252,7 @@ class Trainer:
         names = list(self._losses[0])
         rows = [torch.stack([losses[name] for name in names]) for losses in self._losses]
         wish = torch.full_like(rows[0], float(self._signals.name is not None))
-        told = self.processes.gather(torch.stack([*rows, wish])).cpu()  # [world, micro-steps + 1, losses]
+        told = self.processes.gather(torch.stack([*rows, wish]))  # [world, micro-steps + 1, losses]
         losses = told[:, :-1]
         if not bool(torch.isfinite(losses).all()):
             require_finite_losses(losses.sum(-1), self.processes.gather_object(self._ids), self.step + 1)
@@ -313,12 +314,15 @@ class Trainer:
             trained = {name: value.detach() for name, value in self._parameters.items()}
             saved = Snapshot(self.step, trained, average, memory, facts)
             keep = self.recipe.checkpoint.keep
-            self.processes.on_main(lambda: checkpoint.save(self.folder.checkpoints, saved, keep))
+            self.processes.on_main(
+                lambda: checkpoint.save(self.folder.checkpoints, saved, keep),
+                f"writing the checkpoint of step {self.step}",
+            )
 
     def _resume(self) -> None:
         if not self.recipe.checkpoint.resume:
             return
-        path = self.processes.on_main(lambda: checkpoint.newest(self.folder.checkpoints))
+        path = self.processes.on_main(lambda: checkpoint.newest(self.folder.checkpoints), "reading checkpoints")
         if path is None:
             return
         saved = checkpoint.load(path)

@@ -16,7 +16,7 @@ assert processes.gather_object(f"{rank}") == ["0", "1"]
 assert processes.gather(torch.tensor([rank, 5])).tolist() == [[0, 5], [1, 5]]
 assert processes.broadcast(rank + 7) == 7
 assert processes.any(rank == 1) and not processes.all(rank == 1) and processes.all(True)
-assert processes.on_main(lambda: rank + 40) == 40
+assert processes.on_main(lambda: rank + 40, "adding") == 40
 processes.barrier()
 
 
@@ -26,7 +26,7 @@ def fail(error: Exception) -> None:
 
 for error, expected in ((UserError("no such folder"), UserError), (KeyError("x"), RuntimeError if rank else KeyError)):
     try:
-        processes.on_main(lambda error=error: fail(error))  # type: ignore[misc]
+        processes.on_main(lambda error=error: fail(error), "failing")  # type: ignore[misc]
     except expected as caught:
         assert type(error) is KeyError or "no such folder" in str(caught)
     else:
