@@ -11,7 +11,7 @@ The optimizer has this process's pieces, as ordinary tensors over the same memor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch

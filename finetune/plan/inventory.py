@@ -1,4 +1,4 @@
-"""The tensors of a run, as ``finetune.plan.scaling`` counts them."""
+"""The tensors of a run, as ``finetune.plan.held`` and ``finetune.plan.traffic`` count them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from finetune.adapter import ParameterGroup
 from finetune.engines.fsdp import units
-from finetune.plan.scaling import Weight
+from finetune.plan.weights import Weight
 
 
 def inventory(networks: nn.ModuleDict, groups: Sequence[ParameterGroup], held: Iterable[str]) -> list[Weight]:

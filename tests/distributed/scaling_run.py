@@ -1,4 +1,4 @@
-"""Train recipes under a launcher and write down what each process holds and sends; for test_scaling.py and
+"""Train recipes under a launcher and write down what each process holds and sends; for test_scaling_figures.py and
 tests/benchmarks/scaling.py.
 
 ``python scaling_run.py CELLS.json``: ``{name: recipe}``. Beside each run's output folder comes ``<name>.<rank>.json``.
@@ -8,7 +8,6 @@ Bytes are counted as storages of tensors, and collectives as they reach c10d, wh
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import json
 import os
@@ -93,14 +92,12 @@ def held(trainer: Trainer, networks: nn.Module) -> Counter[str]:
     for what, flag in (("frozen", False), ("trained", True)):
         chosen = [one for one in weights if one.requires_grad is flag]
         found.add(what, [*chosen, *(getattr(one, "ds_tensor", None) for one in chosen)])  # and its piece under ZeRO-3
-    found.add("beside", networks.buffers())
     found.add("copies", updated)
     found.add("gradients", [one.grad for one in (*weights, *updated)])
     averaged = getattr(zero, "averaged_gradients", {}).values()
     found.add("gradients", [getattr(zero, "grad_partitions_flat_buffer", None), *tensors(list(averaged))])
     memory = [value for state in engine.optimizer.state.values() for what, value in state.items() if what != "step"]
     found.add("optimizer", tensors(memory))
-    found.add("others", [one for one in gc.get_objects() if isinstance(one, Tensor)])
     return found.bytes
 
 
@@ -110,8 +107,7 @@ class Notes:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.weights: list[dict[str, Any]] = []
-        self.start = 0  # bytes that lie about before anything is wrapped
-        self.held: dict[str, int] = {}
+        self.held: Counter[str] = Counter()  # the most, between backward passes and before the step
         self.sent: list[tuple[str, int]] = []  # of the step that goes on
         self.last: list[tuple[str, int]] = []  # of the last whole one
 
@@ -136,10 +132,12 @@ def note(notes: Notes) -> None:
         notes.sent += sent.calls
         if self._updated:
             notes.last, notes.sent = notes.sent, []
+        else:
+            notes.held |= held(self, self.noted)  # type: ignore[attr-defined]
         return found
 
     def noting_finish(self: Trainer, *rest: Any) -> None:
-        notes.held = held(self, self.noted)  # type: ignore[attr-defined]
+        notes.held |= held(self, self.noted)  # type: ignore[attr-defined]
         finish(self, *rest)
 
     Trainer.__init__, Trainer.update, Trainer._finish_step = (  # type: ignore[method-assign]
