@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,13 +66,23 @@ class Launch:
 
 
 def launches() -> dict[str, Launch]:
-    """All that are shipped or lie below the current folder, by name."""
+    """All that are shipped, or lie below the current folder and are in the same form, by name."""
     files = {file.stem: file for root in (ROOT, Path.cwd()) for file in sorted((root / PROFILES).glob("*.yaml"))}
-    return {name: read(file) for name, file in sorted(files.items())}
+    found: dict[str, Launch] = {}
+    for name, file in sorted(files.items()):
+        with suppress(
+            LookupError, TypeError, ValueError, OSError, yaml.YAMLError
+        ):  # launching it is what finds its faults
+            found[name] = read(file)
+    return found
 
 
 def read(file: Path) -> Launch:
-    """What a file of accelerate's says."""
+    """What a file of accelerate's says.
+
+    Raises:
+        LookupError, TypeError, ValueError, OSError, yaml.YAMLError: it is not in the form of those that are shipped.
+    """
     said = yaml.safe_load(file.read_text(encoding="utf-8"))
     common: dict[str, Any] = {
         "name": file.stem,
@@ -91,7 +102,7 @@ def read(file: Path) -> Launch:
 
 def _zero(file: Path, settings: str) -> dict[str, Any]:
     places = [Path(settings), file.parents[2] / settings, ROOT / settings]
-    path = next(place for place in places if place.is_file())
+    path = next((place for place in places if place.is_file()), places[0])
     told = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
     stage = told["stage"]
     overlaps = told.get("overlap_comm", stage == 3)
