@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -38,8 +44,8 @@ def watches(ends: list[str]) -> Iterator[Make]:
     """Makes as many as are asked for, which know each other."""
     made: list[Watch] = []
 
-    def make(world: int, silence: float = 0.5) -> list[Watch]:
-        store: Any = HashStore()
+    def make(world: int, silence: float = 0.5, store: Any = None) -> list[Watch]:
+        store = store or HashStore()
         store.set_timeout(timedelta(seconds=5))
         made.extend(Watch(rank, world, store, silence) for rank in range(world))
         return made
@@ -67,24 +73,89 @@ def test_long_work_of_one_ends_nobody(watches: Make, ends: list[str]) -> None:
     assert ends == []
 
 
-def test_one_that_falls_silent_ends_the_others(watches: Make, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its thread stops without a word, as with its process or its machine. No process of this launcher is killed: the
-    number of its own is that of the process that runs this test, which is not a child of its own parent's.
-    """
-    killed: list[int] = []
-    monkeypatch.setattr(waiting.os, "kill", lambda process, _: killed.append(process))
-    one, two, three = watches(3)
+def test_one_that_falls_silent_ends_all(watches: Make, ends: list[str]) -> None:
+    """Its thread stops without a word, as with its process or its machine."""
+    one, two, _ = watches(3)
     two.doing("drawing class images: 14 of 200")
-    until(lambda: one._heard and one._heard[1].doing.startswith("drawing"))
+    until(lambda: one._heard[1].doing.startswith("drawing"))
     two._over.set()
     until(lambda: len(ends) == 2)
-    told = "process 1 has said nothing for 0 s, last at: drawing class images: 14 of 200"
+    told = "nothing has been heard for 0 s of process 1, which was at drawing class images: 14 of 200"
     assert all(told in said for said in ends) and {said[:6] for said in ends} == {"rank 0", "rank 2"}
-    assert set(killed) == {two._mine.pid}, "a sibling, as its launcher is ours"
+
+
+def test_a_silent_main_process_ends_all(watches: Make, ends: list[str]) -> None:
+    one, _, _ = watches(3)
+    one._over.set()
+    until(lambda: len(ends) == 2)
+    assert all("the main process or its machine has said nothing for" in said for said in ends)
+
+
+class Sibling:
+    """A child of this process in the place of rank 1, whose launcher is this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.process = subprocess.Popen(["sleep", "60"])
+        monkeypatch.setattr(waiting.os, "getppid", os.getpid)
+        store: Any = HashStore()
+        store.set("1", json.dumps(asdict(State(parent=os.getpid(), pid=self.process.pid, doing="step 7"))))
+        self.watch = Watch(0, 2, store, 60.0, range(2))
+        until(lambda: self.watch._siblings)
+
+
+@pytest.fixture
+def sibling(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Sibling]:
+    monkeypatch.setattr(waiting, "PATIENCE", 0.5)
+    made = Sibling(monkeypatch)
+    yield made
+    made.watch._over.set()
+    made.process.kill()
+    made.process.wait()
+
+
+def test_one_that_is_stopped_is_killed_by_those_beside_it(sibling: Sibling, ends: list[str]) -> None:
+    """Long before its silence is one; a moment's stop, as of one that looks at it, is nothing."""
+    sibling.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    sibling.process.send_signal(signal.SIGCONT)
+    time.sleep(0.6)
+    assert not ends and not sibling.watch._why
+    sibling.process.send_signal(signal.SIGSTOP)
+    until(lambda: ends)
+    assert f"process 1 (pid {sibling.process.pid}) was stopped for" in ends[0]
+    assert sibling.process.wait(5) == -signal.SIGKILL
+
+
+def test_one_that_is_gone_is_missed(sibling: Sibling, ends: list[str]) -> None:
+    sibling.process.kill()
+    until(lambda: ends)
+    assert f"process 1 (pid {sibling.process.pid}) has gone without a word; it was at step 7" in ends[0]
+
+
+def test_an_interpreter_that_is_held_for_long_ends_nobody(sibling: Sibling, ends: list[str]) -> None:
+    """Native code that keeps a process from speaking: it lives, and says nothing for longer than patience lasts."""
+    time.sleep(1.5)
+    assert not ends and not sibling.watch._why
+
+
+def test_what_is_asked_of_the_store_grows_with_the_processes_and_not_with_their_square(
+    watches: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[int] = Counter()
+
+    class Counting(HashStore):  # type: ignore[misc]
+        def multi_get(self, names: list[str]) -> list[bytes]:
+            read[len(names)] += 1
+            return super().multi_get(names)  # type: ignore[no-any-return]
+
+    watches(16, store=Counting())
+    until(lambda: read[16] >= 3 and read[1] >= 40)
+    assert set(read) == {1, 16}, "the main process reads all, all others one"
+    assert read[1] > 8 * read[16]
 
 
 def test_one_that_fails_tells_its_traceback(watches: Make, ends: list[str]) -> None:
-    one, two = watches(2)
+    _, two = watches(2)
     try:
         raise UserError("pictures/7.png: there is no such file")
     except UserError as error:
@@ -96,7 +167,7 @@ def test_one_that_fails_tells_its_traceback(watches: Make, ends: list[str]) -> N
 
 def test_one_that_has_finished_or_was_stopped_ends_nobody(watches: Make, ends: list[str]) -> None:
     """The main process still writes a report when the others are gone."""
-    one, two, three = watches(3)
+    _, two, three = watches(3)
     two.leave(None)
     three.leave(Stopped("SIGTERM: stopped after step 5"))
     time.sleep(1.2)

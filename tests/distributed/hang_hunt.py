@@ -47,7 +47,7 @@ class Case:
     Attributes:
         kind: of run: a toy; a LoRA of pictures of mixed sizes; DreamBooth that draws class images and previews.
         fault: inside the run, as ``faulty_run`` has it; or None.
-        outside: a signal that comes from outside, to one process or to all, seconds after they have met.
+        outside: a signal that comes from outside, to one process, all or the launcher, seconds after they have met.
     """
 
     number: int
@@ -73,8 +73,8 @@ def cases(runs: int, seed: int) -> list[Case]:
     found = []
     for number in range(runs):
         kind = rng.choices(("toy", "sizes", "prior"), (7, 2, 1))[0]
-        name = rng.choice(("cpu-2", "zero2", "zero3"))
-        world = 4 if kind == "prior" and name == "cpu-2" else 2
+        name = rng.choice(("cpu-2", "zero2", "zero3", "fsdp2"))
+        world = rng.choice((2, 4)) if kind == "prior" else 2
         fault = outside = None
         match rng.choices(("inside", "outside", "none"), (5, 3, 2))[0]:
             case "inside":
@@ -82,7 +82,9 @@ def cases(runs: int, seed: int) -> list[Case]:
                 fault = {"where": rng.choice(places), "what": rng.choice(INSIDE), "seconds": 12}
                 fault |= {"count": rng.randint(1, 3), "rank": rng.randrange(world)}
             case "outside":
-                outside = (rng.choice(("KILL", "TERM", "INT", "USR1")), rng.choice(("one", "all")), 4 * rng.random())
+                name_of = rng.choice(("KILL", "TERM", "INT", "USR1"))
+                to = rng.choice(("one", "all") if name_of == "KILL" else ("one", "all", "launcher"))
+                outside = (name_of, to, 4 * rng.random())
         found.append(Case(number, kind, name, world, fault, outside))
     return found
 
@@ -119,7 +121,7 @@ class Hunt:
 
     def _launch(self, case: Case, place: Path, fault: Any, outside: tuple[str, str, float] | None) -> Ended:
         options = self._options(case, place, [fault] if fault else [])
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *profile(case.profile, place)]
+        launcher = [sys.executable, "-m", "finetune.launch", *profile(case.profile, place)]
         processes = ["--num_processes", str(case.world)]
         environment = {**os.environ, "FINETUNE_SILENCE": "8", "PYTHONPATH": f"{TOY.parent}{os.pathsep}{ROOT}"}
         log = place / "log.txt"
@@ -172,9 +174,12 @@ class Hunt:
 
 
 def send(launcher: int, name: str, to: str, after: float) -> None:
-    """A signal to the processes of a launcher, or the last of them."""
+    """A signal to a launcher, to its processes, or to the last of them."""
     time.sleep(after)
     try:
+        if to == "launcher":
+            psutil.Process(launcher).send_signal(getattr(signal, f"SIG{name}"))
+            return
         workers = [one for one in psutil.Process(launcher).children() if any("faulty_run" in w for w in one.cmdline())]
     except psutil.Error:
         return
