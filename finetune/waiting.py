@@ -208,7 +208,7 @@ class Watch:
         return ""
 
     def _siblings_fault(self, wrong: dict[int, float]) -> str:
-        """What is wrong with a process of this launcher, or "". A stopped one would not obey the launcher: it is killed.
+        """What is wrong with a process of this launcher, or "". A stopped one, which obeys no launcher, is killed.
 
         Args:
             wrong: seconds for which each has been stopped or gone; counted on here.

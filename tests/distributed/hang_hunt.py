@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,11 +91,7 @@ def cases(runs: int, seed: int) -> list[Case]:
 
 
 class Hunt:
-    """A folder with what runs are made of.
-
-    Args:
-        say: is told of every run.
-    """
+    """A folder with what runs are made of."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -120,7 +117,7 @@ class Hunt:
         return case, first, again
 
     def _launch(self, case: Case, place: Path, fault: Any, outside: tuple[str, str, float] | None) -> Ended:
-        options = self._options(case, place, [fault] if fault else [])
+        options = self.options(case, place, [fault] if fault else [])
         launcher = [sys.executable, "-m", "finetune.launch", *profile(case.profile, place)]
         processes = ["--num_processes", str(case.world)]
         environment = {**os.environ, "FINETUNE_SILENCE": "8", "PYTHONPATH": f"{TOY.parent}{os.pathsep}{ROOT}"}
@@ -146,8 +143,9 @@ class Hunt:
             time.sleep(0.1)
         return time.monotonic()
 
-    def _options(self, case: Case, place: Path, faults: list[dict[str, Any]]) -> str:
+    def options(self, case: Case, place: Path, faults: list[dict[str, Any]]) -> str:
         path, batch_size = place / "options.json", 4 // case.world
+        """The argument of ``faulty_run.py`` for a run in ``place/run``; its path."""
         options = {"faults": faults, "pause": 0.2}
         toy(path, place / "run", options, batch_size=batch_size, steps=STEPS)
         values = json.loads(path.read_text())
@@ -199,12 +197,12 @@ def judge(code: int | None, said: str) -> str:
     return "failed" if any(words in said for words in told) else "SILENT"
 
 
-def hunt(folder: Path, runs: int, seed: int, jobs: int = 2) -> list[tuple[Case, Ended, Ended]]:
-    """Run them, and say of each what came of it."""
+def hunt(folder: Path, chosen: Sequence[Case], jobs: int = 2) -> list[tuple[Case, Ended, Ended]]:
+    """Run them, ``jobs`` at a time, and say of each what came of it."""
     hunted = Hunt(folder)
     found = []
     with ThreadPoolExecutor(jobs) as pool:
-        for case, first, again in pool.map(hunted.run, cases(runs, seed)):
+        for case, first, again in pool.map(hunted.run, chosen):
             what = case.fault or case.outside or "nothing"
             times = f"{first.seconds:.0f} s, then {again.how} in {again.seconds:.0f} s"
             print(
@@ -230,7 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = hunt(folder, asked.runs, asked.seed, asked.jobs)
+        found = hunt(folder, cases(asked.runs, asked.seed), asked.jobs)
         print(dict(Counter(first.how for _, first, _ in found)), "then", dict(Counter(one.how for _, _, one in found)))
         for case, first, again in bad(found):
             print(f"---- {case}\n{first.said}\n---- again\n{again.said}")
