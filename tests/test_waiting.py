@@ -25,7 +25,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def end(watch: Watch, why: str) -> None:
         said.append(f"rank {watch._rank}: {why}")
-        raise SystemExit
+        watch._over.set()
 
     monkeypatch.setattr(Watch, "_end", end)
     monkeypatch.setattr(waiting, "BEAT", 0.02)
@@ -68,12 +68,10 @@ def test_long_work_of_one_ends_nobody(watches: Make, ends: list[str]) -> None:
 
 
 def test_one_that_falls_silent_ends_the_others(watches: Make, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its thread stops without a word, as with its process or its machine. No process of this launcher is killed: the
-    number of its own is that of the process that runs this test, which is not a child of its own parent's.
-    """
+    """Its threads stop without a word, as with its process or its machine."""
     killed: list[int] = []
     monkeypatch.setattr(waiting.os, "kill", lambda process, _: killed.append(process))
-    one, two, three = watches(3)
+    one, two, _ = watches(3)
     two.doing("drawing class images: 14 of 200")
     until(lambda: one._heard and one._heard[1].doing.startswith("drawing"))
     two._over.set()
@@ -84,7 +82,7 @@ def test_one_that_falls_silent_ends_the_others(watches: Make, ends: list[str], m
 
 
 def test_one_that_fails_tells_its_traceback(watches: Make, ends: list[str]) -> None:
-    one, two = watches(2)
+    _, two = watches(2)
     try:
         raise UserError("pictures/7.png: there is no such file")
     except UserError as error:
@@ -96,7 +94,7 @@ def test_one_that_fails_tells_its_traceback(watches: Make, ends: list[str]) -> N
 
 def test_one_that_has_finished_or_was_stopped_ends_nobody(watches: Make, ends: list[str]) -> None:
     """The main process still writes a report when the others are gone."""
-    one, two, three = watches(3)
+    _, two, three = watches(3)
     two.leave(None)
     three.leave(Stopped("SIGTERM: stopped after step 5"))
     time.sleep(1.2)
