@@ -68,15 +68,19 @@ def train(
         bool, typer.Option("--each-concept", help="One run a concept, each into a folder below the recipe's output.")
     ] = False,
 ) -> None:
-    """Run a recipe; run it again to continue where it stopped."""
-    from finetune.config.command import launch_recipe, run_each, run_recipe
+    """Run a recipe; run it again to continue where it stopped.
 
+    With --launch, what follows `--` goes to accelerate launch: -- --num_processes 8.
+    """
+    from finetune.config.command import launch_options, launch_recipe, run_each, run_recipe
+
+    settings, options = launch_options(overrides or [], launch)
     if each_concept:
-        run_each(recipe, overrides or [], launch)
+        run_each(recipe, settings, launch, options)
     elif launch is None:
-        run_recipe(recipe, overrides or [])
+        run_recipe(recipe, settings)
     else:
-        launch_recipe(recipe, overrides or [], launch)
+        launch_recipe(recipe, settings, launch, options)
 
 
 @app.command()

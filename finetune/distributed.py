@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from finetune import waiting
 from finetune.config.schema import TrainConfig
-from finetune.engines import Engine, zero_settings
+from finetune.engines import Engine, fsdp_settings, zero_settings
+from finetune.engines.fsdp import Fsdp2
+from finetune.engines.fsdp_settings import FsdpSettings
 from finetune.engines.replicated import Replicated
 from finetune.engines.zero import Zero
 from finetune.errors import GuardError, Stopped, UserError
@@ -45,9 +47,12 @@ class Processes:
         threads: CPU threads of this process.
     """
 
-    def __init__(self, accelerator: Accelerator, threads: int, precision: str = "no") -> None:
+    def __init__(
+        self, accelerator: Accelerator, threads: int, precision: str = "no", fsdp: FsdpSettings | None = None
+    ) -> None:
         self._accelerator = accelerator
         self._precision = precision
+        self._fsdp = fsdp
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
@@ -63,9 +68,7 @@ class Processes:
 
     def describe(self) -> str:
         """What this run really is, in a line: ``2 processes (DDP, gloo), cpu, 1 thread each, float32``."""
-        stage = self._zero_stage
-        kind = f"DeepSpeed ZeRO-{stage}" if stage else "DDP"
-        engine = f" ({kind}, {self._accelerator.state.backend})" if self.world > 1 or stage else ""
+        engine = f" ({self.engine_name}, {self._accelerator.state.backend})" if self._shares else ""
         precision = {"no": "float32"}.get(self._precision, self._precision)
         each = _count(self.threads, "thread") + (" each" if self.world > 1 else "")
         return f"{_count(self.world, 'process')}{engine}, {self._device_name()}, {each}, {precision}"
@@ -151,9 +154,16 @@ class Processes:
         return result
 
     @property
+    def engine_name(self) -> str:
+        """What people call the engine: "DDP", "DeepSpeed ZeRO-3", "FSDP2"."""
+        if self._fsdp:
+            return "FSDP2"
+        return f"DeepSpeed ZeRO-{self._zero_stage}" if self._zero_stage else "DDP"
+
+    @property
     def shards_weights(self) -> bool:
         """Whether the engine will give each process only a piece of every weight."""
-        return self._zero_stage == 3
+        return self._zero_stage == 3 or self._fsdp is not None
 
     def engine(
         self,
@@ -171,10 +181,14 @@ class Processes:
         Raises:
             GuardError: the engine is not the one that was asked for.
         """
+        autocast = torch.bfloat16 if self._precision == "bf16" else None
+        if self._fsdp:
+            sharded = Fsdp2(self._accelerator, trainee, optimizer, autocast, self._fsdp)
+            waiting.wait_for_ever()  # it has made groups of its own
+            return sharded
         if self._zero_stage:
-            autocast = torch.bfloat16 if self._precision == "bf16" else None
             engine = Zero(self._accelerator, trainee, optimizer, autocast, outside)
-            waiting.wait_for_ever()  # DeepSpeed has made groups of its own
+            waiting.wait_for_ever()  # so has DeepSpeed
             if engine.stage != self._zero_stage:
                 raise GuardError(f"ZeRO-{self._zero_stage} was asked for, DeepSpeed runs stage {engine.stage}")
             return engine
@@ -190,6 +204,10 @@ class Processes:
 
     def _waiting(self, where: str) -> AbstractContextManager[None]:
         return self._watch.waiting(where) if self._watch else nullcontext()
+
+    @property
+    def _shares(self) -> bool:
+        return self.world > 1 or self.engine_name != "DDP"
 
     @property
     def _zero_stage(self) -> int:
@@ -215,6 +233,7 @@ def start(train: TrainConfig | None = None) -> Processes:
         raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
     _forget_earlier_runs()
     plugin = zero_settings.plugin(train, on_cpu) if zero_settings.asked() else None
+    fsdp = fsdp_settings.settings(train) if fsdp_settings.asked() else None
     handlers = []
     if "LOCAL_RANK" in os.environ:  # started by a launcher that starts several
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=JOINING))
@@ -222,7 +241,7 @@ def start(train: TrainConfig | None = None) -> Processes:
         # unless told, accelerate takes two processes without GPU for two runs, and averages nothing; told so, it would
         # leave out DeepSpeed without a word
         cpu=on_cpu and plugin is None,
-        mixed_precision="no" if plugin else train.mixed_precision,  # of weights, were DeepSpeed to hear of it
+        mixed_precision="no" if plugin or fsdp else train.mixed_precision,  # of weights, were these to hear of it
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
@@ -230,7 +249,7 @@ def start(train: TrainConfig | None = None) -> Processes:
     if plugin:
         plugin.dschf = None  # by which transformers would load networks in pieces, and those of the report too
     torch.set_num_threads(threads)  # accelerate sets its own number while it starts
-    processes = Processes(accelerator, threads, train.mixed_precision)
+    processes = Processes(accelerator, threads, train.mixed_precision, fsdp)
     atexit.register(processes._leave)
     _require_what_was_asked(processes)
     if processes.world > 1:
@@ -251,8 +270,8 @@ def _forget_earlier_runs() -> None:
 def _require_what_was_asked(processes: Processes) -> None:
     if zero_settings.asked() and processes._accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(f"DeepSpeed asked for, but this is {processes.describe()}; start it with a launcher")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("FSDP asked for, which this version does not train with; take zero3 (docs/distributed.md)")
+    if processes._fsdp and not torch.distributed.is_initialized():
+        raise UserError(f"FSDP2 asked for, but this is {processes.describe()}; start it with a launcher")
     asked = asked_processes()
     if asked is not None and asked != processes.world:
         raise UserError(

@@ -251,10 +251,6 @@ class ModelFamily(Protocol):
         """Change a network that was read, or its skeleton, to lie in memory as ``model`` says."""
         ...
 
-    def blocks_of(self, module: nn.Module) -> Mapping[str, nn.Module]:
-        """The blocks of a network that hold most of its weights, by name; what is packed or swapped is in them."""
-        ...
-
     def release(self, *networks: str) -> None:
         """Free the named networks. They can be required again."""
         ...

@@ -139,14 +139,24 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def test_launch_becomes_accelerate_with_the_named_profile(recipe, monkeypatch, launched) -> None:
+def test_launch_becomes_accelerates_launcher_with_the_named_profile(recipe, monkeypatch, launched) -> None:
     assert finetune(monkeypatch, "train", recipe, "train.steps=3", "--launch", "cpu-2") == 0
     python, *rest = launched[0]
     assert python == sys.executable
-    assert rest[:3] == ["-m", "accelerate.commands.launch", "--config_file"]
+    assert rest[:3] == ["-m", "finetune.launch", "--config_file"]
     assert Path(rest[3]) == ROOT / "launch" / "accelerate" / "cpu-2.yaml"
     assert Path(rest[4]) == ROOT / "recipes" / "dreambooth.py"
     assert rest[5:] == ["--config", str(recipe), "train.steps=3"]
+
+
+def test_what_follows_two_dashes_is_the_launchers(recipe, monkeypatch, capsys, launched) -> None:
+    options = ["--num_processes", "8", "--machine_rank=1"]
+    assert finetune(monkeypatch, "train", recipe, "train.steps=3", "--launch", "cpu-2", "--", *options) == 0
+    page = launched[0].index(str(ROOT / "recipes" / "dreambooth.py"))
+    assert launched[0][5:page] == options
+    assert launched[0][page + 1 :] == ["--config", str(recipe), "train.steps=3"]
+    assert finetune(monkeypatch, "train", recipe, "--", "--num_processes", "8") == 2
+    assert "--num_processes: an option of accelerate launch" in capsys.readouterr().err
 
 
 def test_a_profile_of_ones_own_is_a_file_or_lies_below_the_current_folder(recipe, monkeypatch, launched) -> None:

@@ -120,7 +120,10 @@ class Full(Adapter):
             UserError: processes hold the weights in pieces.
         """
         if self._shared:
-            raise UserError("prior.kind: 'model' with whole weights does not work with ZeRO-3; take images, or zero2")
+            raise UserError(
+                "prior.kind: 'model' with whole weights does not work where processes hold the networks in pieces "
+                "(ZeRO-3, FSDP2); take images, or zero2"
+            )
         if torch.is_grad_enabled():
             raise RuntimeError("the untouched weights may be used under torch.no_grad() only")
         if self._original is None:

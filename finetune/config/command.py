@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +22,8 @@ from finetune.errors import GuardError, Stopped, UserError, nearest
 
 PROFILES = Path("launch/accelerate")
 BAD_INPUT, STOPPED, GUARDED = 2, 3, 4
+LAST_WORDS = "FINETUNE_LAST_WORDS"
+"""Names the folder where processes leave the code that they end with, for a launcher that would lose it."""
 
 
 def run(main: Callable[[Recipe], None], arguments: Sequence[str] | None = None) -> None:
@@ -41,12 +43,13 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     importlib.import_module(f"recipes.{recipe.recipe}").main(recipe)
 
 
-def launch_recipe(path: Path, overrides: Sequence[str], profile: str) -> NoReturn:
-    """Become ``accelerate launch``, which starts the recipe's page in as many processes as ``profile`` says.
+def launch_recipe(path: Path, overrides: Sequence[str], profile: str, options: Sequence[str] = ()) -> NoReturn:
+    """Become ``finetune.launch``, which starts the recipe's page in as many processes as ``profile`` says.
 
     Args:
         profile: a file of accelerate's, or the name of one in launch/accelerate, below the current folder or beside
             the recipes' pages.
+        options: of ``accelerate launch``, which win over the profile.
 
     Raises:
         UserError: the recipe is wrong, which is found before anything starts, or there is no such profile.
@@ -57,12 +60,25 @@ def launch_recipe(path: Path, overrides: Sequence[str], profile: str) -> NoRetur
         raise UserError(f"the page recipes/{recipe.recipe}.py is not installed")
     page = Path(found.origin)
     settings = _profile(profile, [Path.cwd(), page.parents[1]])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
+    launcher = [sys.executable, "-m", "finetune.launch", "--config_file", str(settings), *options]
     sys.stdout.flush()
     os.execv(sys.executable, [*launcher, str(page), "--config", str(path), *overrides])
 
 
-def run_each(path: Path, overrides: Sequence[str], profile: str | None = None) -> None:
+def launch_options(words: Sequence[str], profile: str | None) -> tuple[list[str], list[str]]:
+    """``key=value`` settings, and what follows them for ``accelerate launch``, which begins with its first option.
+
+    Raises:
+        UserError: there are options and nothing is launched.
+    """
+    first = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
+    settings, options = list(words[:first]), list(words[first:])
+    if options and profile is None:
+        raise UserError(f"{options[0]}: an option of accelerate launch, which --launch PROFILE starts; there is none")
+    return settings, options
+
+
+def run_each(path: Path, overrides: Sequence[str], profile: str | None = None, options: Sequence[str] = ()) -> None:
     """Run a recipe once for each of its concepts, each into a folder of its own below ``output``.
 
     Every run is a process of its own, as if it had been asked for alone, and is continued where it stopped. Ends this
@@ -72,7 +88,7 @@ def run_each(path: Path, overrides: Sequence[str], profile: str | None = None) -
         UserError: the recipe is wrong, which is found before anything starts.
     """
     recipe = read_recipe(path, overrides)
-    launch = [] if profile is None else ["--launch", profile]
+    launch = [] if profile is None else ["--launch", profile, *(["--", *options] if options else [])]
     for name, concept in concept_names(recipe).items():
         alone = [f"data.concepts={json.dumps([concept.model_dump(mode='json')])}", f"output={recipe.output}/{name}"]
         print(f"{name}: {recipe.output}/{name}", flush=True)
@@ -137,4 +153,7 @@ def _leave(error: Exception, code: int) -> None:
     if rank == "0" or not isinstance(error, RecipeError):
         said = f"{error}" if rank == "0" else f"rank {rank}: {error}"
         print(said, file=sys.stderr, flush=True)
+    if LAST_WORDS in os.environ:
+        with suppress(OSError):  # a launcher that has gone needs none
+            (Path(os.environ[LAST_WORDS]) / rank).write_text(str(code), encoding="utf-8")
     raise SystemExit(code) from None

@@ -13,10 +13,8 @@ from accelerate import DeepSpeedPlugin
 
 from finetune.config.schema import TrainConfig
 from finetune.engines import build_locks
+from finetune.engines.pieces import require_divisible
 from finetune.errors import UserError
-
-ELEMENTWISE = ("adamw", "lion", "sgd")
-"""Optimizers that treat every number for itself, and so do not mind where a weight is cut."""
 
 _FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 _RECIPES = {  # settings of DeepSpeed's that a recipe has -> what the recipe calls them
@@ -67,15 +65,7 @@ def plugin(train: TrainConfig, on_cpu: bool) -> DeepSpeedPlugin:
 
 
 def _require_possible(train: TrainConfig, on_cpu: bool) -> None:
-    name = train.optimizer.name
-    if name not in ELEMENTWISE:
-        raise UserError(
-            f"train.optimizer.name: {name} does not work with ZeRO, which cuts the weights of a group into one piece "
-            f"per process: it looks at whole matrices, norms or blocks. Take one of {', '.join(ELEMENTWISE)}, or "
-            "launch with ddp"
-        )
-    if train.mixed_precision == "fp16":
-        raise UserError("train.mixed_precision: fp16 does not work with ZeRO here; take bf16")
+    require_divisible(train, "ZeRO")
     if on_cpu and torch.cuda.is_available():
         raise UserError("train.device is 'cpu', but DeepSpeed takes the GPU that is there; set CUDA_VISIBLE_DEVICES=''")
 

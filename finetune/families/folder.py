@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Conditioning, Posterior
+from finetune.blocks import blocks_of
 from finetune.config.schema import ModelConfig
 from finetune.errors import UserError
 from finetune.families import holding
@@ -50,8 +50,6 @@ class DiffusersFolder(ABC):
     """As in ``finetune.family.Sites``."""
     space: ClassVar[Unsupported | None] = Unsupported("no CLIP is known that its prompts and pictures have in common")
     """Why there is no ``shared_space``; None where there is one."""
-    blocks: ClassVar[str] = r"(.*\.)?(\w*transformer_blocks|\w+_refiner|layers|block)\.\d+"
-    """Regular expression of the whole names of a network's blocks, which hold most of its weights."""
     chunks: ClassVar[Unsupported | None] = Unsupported("its prompts are not read by CLIPs alone")
     """Why no prompt takes several ``prompt_chunks``; None where it does."""
 
@@ -134,18 +132,10 @@ class DiffusersFolder(ABC):
         return self._arranged(network, self._packed(network, module))
 
     def _packed(self, network: str, module: nn.Module) -> nn.Module:
-        return holding.pack(self.model, network, module, self.blocks_of(module))
+        return holding.pack(self.model, network, module, blocks_of(module))
 
     def _arranged(self, network: str, module: nn.Module) -> nn.Module:
-        return holding.arrange(self.model, network, module, self.blocks_of(module), self.device)
-
-    def blocks_of(self, module: nn.Module) -> dict[str, nn.Module]:
-        """The blocks of a network by their names, outermost alone."""
-        found: dict[str, nn.Module] = {}
-        for name, part in module.named_modules():
-            if re.fullmatch(self.blocks, name) and not any(name.startswith(f"{outer}.") for outer in found):
-                found[name] = part
-        return found
+        return holding.arrange(self.model, network, module, blocks_of(module), self.device)
 
     def _dtype(self, network: str) -> torch.dtype:
         name = self.model.dtype_of(network)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finetune.adapter import Adapter
 from finetune.batch import Conditioning
+from finetune.blocks import blocks_of
 from finetune.config.memory import trains_base
 from finetune.config.optimizer import ClassConfig
 from finetune.config.schema import ImagesPrior, ModelPrior, Recipe
@@ -105,7 +106,7 @@ def _held(recipe: Recipe, family: ModelFamily) -> set[str]:
 def _swapped(recipe: Recipe, family: ModelFamily) -> tuple[int, int]:
     """Bytes of the blocks that lie in the host's memory, and of those that visit: one computes, another comes."""
     wanted = recipe.model.block_swap
-    blocks = list(family.blocks_of(family.networks["denoiser"]).values())[-wanted:] if wanted else []
+    blocks = list(blocks_of(family.networks["denoiser"]).values())[-wanted:] if wanted else []
     sizes = [_bytes(block, lambda parameter: not parameter.requires_grad) for block in blocks]
     return sum(sizes), sum(sorted(sizes)[-2:])
 

@@ -121,7 +121,7 @@ class Trainer:
         optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.peak_learning_rate)
         require_one_home(networks, self._groups, optimizer)
         if processes.shards_weights:
-            _require_plain(recipe)
+            _require_plain(recipe, processes.engine_name)
             adapter.share_networks()
         also = ["denoiser"] if processes.shards_weights else []
         self._trainee = Trainee(networks, loss, adapter.penalty, also)
@@ -364,7 +364,7 @@ class Trainer:
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
 
 
-def _require_plain(recipe: Recipe) -> None:
+def _require_plain(recipe: Recipe, engine: str) -> None:
     """Refuse what has its own place for weights that the engine would deal out.
 
     Raises:
@@ -372,4 +372,4 @@ def _require_plain(recipe: Recipe) -> None:
     """
     for key in ("quantize", "block_swap"):
         if getattr(recipe.model, key):
-            raise UserError(f"model.{key} does not work with ZeRO-3, which deals the base out; take zero2 or ddp")
+            raise UserError(f"model.{key} does not work with {engine}, which deals the base out; take zero2 or ddp")

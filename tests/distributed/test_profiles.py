@@ -47,8 +47,8 @@ METHODS: Mapping[str, dict[str, Any]] = {
 FEW = ("lora", "pivotal")
 CELLS = [
     pytest.param("zero2", FEW),
-    *(pytest.param(name, tuple(METHODS), marks=pytest.mark.slow) for name in ("cpu-2", "zero1", "zero2", "zero3")),
-    *(pytest.param(name, (*FEW, "full"), marks=pytest.mark.slow) for name in ("zero2-offload", "zero3-offload")),
+    *(pytest.param(name, tuple(METHODS), marks=pytest.mark.slow) for name in ("cpu-2", "zero1", "zero2", "zero3", "fsdp2")),
+    *(pytest.param(name, (*FEW, "full"), marks=pytest.mark.slow) for name in ("zero2-offload", "zero3-offload", "fsdp2-offload")),
 ]
 ENGINES = {
     "cpu-2": "DDP",
@@ -57,6 +57,8 @@ ENGINES = {
     "zero3": "DeepSpeed ZeRO-3",
     "zero2-offload": "DeepSpeed ZeRO-2",
     "zero3-offload": "DeepSpeed ZeRO-3",
+    "fsdp2": "FSDP2",
+    "fsdp2-offload": "FSDP2",
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapters import attach
+from finetune.blocks import blocks_of
 from finetune.config.adapters import EmbeddingConfig
 from finetune.config.schema import ModelConfig
 from finetune.families import families, load_family
@@ -183,7 +184,7 @@ def test_every_row_of_blocks_is_known(family: ModelFamily) -> None:
     """What is packed and swapped: blocks of transformers lie in lists, and a U-Net's around its attention."""
     family.require("denoiser")
     denoiser = family.networks["denoiser"]
-    blocks = family.blocks_of(denoiser)
+    blocks = blocks_of(denoiser)
     rows = {name for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
     if family.components["denoiser"] == "unet":
         rows = {
