@@ -145,6 +145,8 @@ class Watch:
                 quiet[rank] = 0.0 if before.beats != after.beats or after.left else quiet[rank] + BEAT
                 same[rank] = 0.0 if before.news != after.news else same[rank] + BEAT
             last = now
+            if self._lost and now[0].left:  # the main process held the store, and has finished
+                return
             failing = failing + BEAT if self._lost or any(state.failure for state in now) else 0.0
             if failing >= GRACE:
                 self._end(_failures(now) or f"the launcher or the main process has gone ({self._lost})")

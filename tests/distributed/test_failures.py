@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from launching import TOY, alone, launch, profile, toy
+from PIL import Image
 from safetensors.torch import load_file
 
 FAULTY = Path(__file__).with_name("faulty_run.py")
@@ -71,3 +78,133 @@ def test_one_that_fails_ends_all_wherever_it_is(name: str, place: str, what: str
     code, said = faulty(tmp_path, name, {**PLACES[place], "what": what})
     assert code != 0
     assert WORDS[what] in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "rank"),
+    [("cache", 0), ("cache", 1), ("class image", 0), ("class image", 1), ("preview", 0), ("preview", 1), ("save", 0)],
+)
+def test_all_wait_for_one_that_is_slow(place: str, rank: int, tmp_path: Path, tiny_sd: Path, pictures: Path) -> None:
+    """Twice as long as silence may last and longer than the processes had to find each other."""
+    fault = {"where": place, "rank": rank, "what": "slow", "seconds": 2.4 * SILENCE}
+    values = dreambooth(tmp_path / "run", tiny_sd, pictures, tmp_path / "cache")
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"recipe": values, "faults": [fault], "joining": 2 * SILENCE}))
+    code, said = launch(profile("cpu-2", tmp_path), FAULTY, str(path), timeout=240)
+    assert code == 0 and (tmp_path / "run.fault").is_file(), said
+
+
+@pytest.mark.slow
+def test_a_minute_of_work_of_one_is_waited_for_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process is busy for 65 s; what was its timeout until the processes had met is 20 s."""
+    monkeypatch.delenv("FINETUNE_SILENCE")
+    options = {"faults": [{"where": "save", "rank": 0, "what": "slow", "seconds": 65}], "joining": 20}
+    arguments = toy(tmp_path / "options.json", tmp_path / "run", options, batch_size=2)
+    code, said = launch(profile("cpu-2", tmp_path), FAULTY, arguments, timeout=240)
+    assert code == 0, said
+    assert re.search(r"rank 1 waited 6\d s \(broadcast\) for process 0 \(writing the checkpoint of step 8\)", said), (
+        said
+    )
+
+
+def dreambooth(
+    output: Path, model: Path, pictures: Path, cache: Path, world: int = 2, **sections: Any
+) -> dict[str, Any]:
+    """A recipe of four steps that draws class images and previews; four pictures a step."""
+    concept = {
+        "folder": str(pictures),
+        "prompt": "a photo of zib star",
+        "class_prompt": "a photo of a star",
+        "trigger": "zib",
+    }
+    return {
+        "recipe": "dreambooth",
+        "output": str(output),
+        "model": {"path": str(model)},
+        "adapter": {"kind": "lora", "rank": 2},
+        "data": {"resolution": 16, "concepts": [concept], "cache": {"folder": str(cache)}},
+        "prior": {"kind": "images", "count": 7, "sampler": {"steps": 1}, "batch_size": 2},
+        "samples": {"every": 2, "sampler": {"steps": 1}, "prompts": ["a zib star", "a star", "zib"]},
+        "train": {"steps": 4, "batch_size": 4 // world, "learning_rate": 1e-3, "threads": 1},
+        "report": {"enabled": False},
+        **sections,
+    }
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (24, 24), (50 * number, 90, 30)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "world"), [("cpu-2", 2), ("cpu-2", 4), ("zero3", 4)])
+def test_class_images_and_previews_are_shared(
+    name: str, world: int, tmp_path: Path, tiny_sd: Path, pictures: Path
+) -> None:
+    """Seven class images by twos on two and four processes: each drawn once, the same files as of one process."""
+    runs = {}
+    for ranks in (1, world):
+        values = dreambooth(tmp_path / f"{ranks}", tiny_sd, pictures, tmp_path / f"cache{ranks}", ranks)
+        path = tmp_path / f"{ranks}.json"
+        path.write_text(json.dumps({"recipe": values}))
+        if ranks == 1:
+            alone(FAULTY, str(path))
+        else:
+            options = [*profile(name, tmp_path), "--num_processes", f"{ranks}"]
+            code, said = launch(options, FAULTY, str(path), timeout=300)
+            assert code == 0, said
+        drawn = (tmp_path / f"cache{ranks}").glob("class-images/*/*.png")
+        previews = (tmp_path / f"{ranks}" / "samples").glob("*/*.png")
+        runs[ranks] = [{file.name: file.read_bytes() for file in sorted(drawn)}, sorted(file.name for file in previews)]
+    calls = [int(count) for count in re.findall(r"class image: (\d+) calls", said)]
+    assert sum(calls) == 4 and max(calls) == 4 // min(world, 4), f"four pairs are shared evenly: {calls}"
+    assert runs[1] == runs[world]
+    assert len(runs[1][0]) == 7 and len(set(runs[1][0].values())) == 7
+
+
+@pytest.mark.slow
+def test_a_port_that_is_in_use_is_said_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = [*profile("cpu-2", tmp_path), "--main_process_port", f"{port}"]
+        code, said = launch(options, TOY, toy(tmp_path / "o.json", tmp_path / "run", batch_size=2), timeout=60)
+    assert code != 0 and f"port `{port}`" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("raise", "process 1 has failed:\nTraceback"), ("freeze", f"process 1 has said nothing for {SILENCE:.0f} s")],
+)
+def test_a_machine_hears_why_another_is_gone(what: str, words: str, tmp_path: Path) -> None:
+    """Two launchers on this one: what the first prints is what its machine's log would hold."""
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    fault = {"where": "step", "count": 3, "rank": 1, "what": what}
+    options = toy(tmp_path / "o.json", tmp_path / "run", {"faults": [fault]}, batch_size=2)
+    machines = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", f"{port}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *profile("ddp-nodes", tmp_path), *machines]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    started = [
+        subprocess.Popen(
+            [*command, "--machine_rank", rank, str(FAULTY), options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = started[0].communicate(timeout=120)[0].decode()
+        assert started[0].returncode != 0 and words in said, said
+    finally:
+        for process in started:
+            for one in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+                one.kill()
+            process.kill()
