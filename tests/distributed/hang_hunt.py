@@ -2,9 +2,9 @@
 
     python tests/distributed/hang_hunt.py --runs 50 --seed 0
 
-A run ends when it is finished, is stopped with a valid checkpoint, or has failed and said why. One that does not end
-within a minute after its processes have met hangs. Whatever came of it, it is started again without fault and must
-finish; a toy as if nothing had been.
+A run ends when it is finished, is stopped with a valid checkpoint, or has failed and said why. One whose processes say
+nothing and compute nothing for a minute hangs, and so does one of more than five minutes. Whatever came of it, it is
+started again without fault and must finish; a toy as if nothing had been.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from finetune.families.tiny import write_tiny_sd
 from finetune.train import checkpoint
 
 FAULTY = Path(__file__).with_name("faulty_run.py")
-WATCHDOG = 60.0  # seconds after the processes have met
+WATCHDOG = 60.0  # seconds in which nothing happens
+LONGEST = 300.0  # seconds after the processes have met
+BEATING = 3.0  # seconds of computing, above what it takes to say that one lives
 STARTING = 240.0  # seconds for that: two cores import for four processes and more
 STEPS = 6
 PLACES = ("start", "barrier", "cache", "engine", "step", "backward", "save", "finish")
@@ -132,11 +135,7 @@ class Hunt:
         met = self._meet(started, log)
         if outside:
             send(started.pid, *outside)
-        try:
-            code = started.wait(WATCHDOG)
-        except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(started.pid, signal.SIGKILL)
+        code = watched(started, log)
         return Ended(judge(code, log.read_text(), outside), time.monotonic() - met, log.read_text())
 
     def _meet(self, started: subprocess.Popen[bytes], log: Path) -> float:
@@ -178,15 +177,45 @@ class Hunt:
 def send(launcher: int, name: str, to: str, after: float) -> None:
     """A signal to a launcher, to its processes, or to the last of them."""
     time.sleep(after)
+    with suppress(psutil.Error):  # they have ended before
+        workers = [one for one in children(launcher) if "RANK" in one.environ()]
+        to_them = {"all": workers, "one": workers[-1:], "launcher": [psutil.Process(launcher)]}
+        for one in to_them[to]:
+            one.send_signal(getattr(signal, f"SIG{name}"))
+
+
+def watched(started: subprocess.Popen[bytes], log: Path) -> int | None:
+    """The exit code; None, and the processes are gone, where nothing happens any more."""
+    begun = moved = time.monotonic()
+    length, computed = 0, 0.0
+    while started.poll() is None:
+        now, said, did = time.monotonic(), log.stat().st_size, computing(started.pid)
+        if said > length or did > computed + BEATING or did < computed:
+            moved, length, computed = now, said, did
+        if now - moved > WATCHDOG or now - begun > LONGEST:
+            for process in [*children(started.pid), started]:
+                process.kill()
+            started.wait()
+            return None
+        time.sleep(0.5)
+    return started.returncode
+
+
+def children(launcher: int) -> list[psutil.Process]:
+    """The processes of a launcher."""
     try:
-        if to == "launcher":
-            psutil.Process(launcher).send_signal(getattr(signal, f"SIG{name}"))
-            return
-        workers = [one for one in psutil.Process(launcher).children() if any("faulty_run" in w for w in one.cmdline())]
+        return psutil.Process(launcher).children(recursive=True)
     except psutil.Error:
-        return
-    for one in workers if to == "all" else workers[-1:]:
-        one.send_signal(getattr(signal, f"SIG{name}"))
+        return []
+
+
+def computing(launcher: int) -> float:
+    """Seconds that a launcher's processes have computed."""
+    seconds = 0.0
+    for process in children(launcher):
+        with suppress(psutil.Error):
+            seconds += process.cpu_times().user
+    return seconds
 
 
 def judge(code: int | None, said: str, outside: tuple[str, str, float] | None = None) -> str:

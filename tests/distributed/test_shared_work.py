@@ -29,7 +29,7 @@ def test_the_schedule_counts_updates_whatever_shares_them(
     for world in (1, 2, 4):
         paths = []
         for parts in (1, 2, 4):
-            shared = {"batch_size": TOGETHER // world // parts, "gradient_accumulation_steps": parts}
+            shared: dict[str, Any] = {"batch_size": TOGETHER // world // parts, "gradient_accumulation_steps": parts}
             run = tmp_path / f"{world}-{parts}"
             paths.append(toy(tmp_path / f"{run.name}.json", run, steps=12, schedule=SCHEDULE, **shared))
         if world == 1:
@@ -87,7 +87,8 @@ def test_class_images_and_previews_are_shared(
 ) -> None:
     """Seven class images by twos on two and four processes: each drawn once, the same files as of one process."""
     monkeypatch.setenv("PYTHONPATH", f"{TOY.parent}{os.pathsep}{os.environ.get('PYTHONPATH', TOY.parents[2])}")
-    runs = {}
+    images: dict[int, dict[str, bytes]] = {}
+    previews: dict[int, list[str]] = {}
     for ranks in (1, world):
         values = dreambooth(tmp_path / f"{ranks}", tiny_sd, pictures, tmp_path / f"cache{ranks}", ranks)
         path = tmp_path / f"{ranks}.json"
@@ -99,12 +100,12 @@ def test_class_images_and_previews_are_shared(
             code, said = launch(options, FAULTY, str(path), timeout=300)
             assert code == 0, said
         drawn = (tmp_path / f"cache{ranks}").glob("class-images/*/*.png")
-        previews = (tmp_path / f"{ranks}" / "samples").glob("*/*.png")
-        runs[ranks] = [{file.name: file.read_bytes() for file in sorted(drawn)}, sorted(file.name for file in previews)]
+        images[ranks] = {file.name: file.read_bytes() for file in drawn}
+        previews[ranks] = sorted(file.name for file in (tmp_path / f"{ranks}" / "samples").glob("*/*.png"))
     calls = [int(count) for count in re.findall(r"class image: (\d+) calls", said)]
     assert sum(calls) == 4 and max(calls) == 4 // min(world, 4), f"four pairs are shared evenly: {calls}"
-    assert runs[1] == runs[world]
-    assert len(runs[1][0]) == 7 and len(set(runs[1][0].values())) == 7
+    assert images[1] == images[world] and previews[1] == previews[world]
+    assert len(images[1]) == 7 == len(set(images[1].values()))
 
 
 @pytest.mark.slow
