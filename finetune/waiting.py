@@ -148,14 +148,14 @@ class Watch:
             self._store.set(self._names[self._rank], json.dumps(asdict(replace(self._mine, beats=self._beats))))
 
     def _talk(self) -> None:
+        names, come = [f"{one}" for one in self._read], False
         try:
             while not self._over.wait(BEAT):
                 self._tell()
                 if self._why:
                     self._store.compare_set(END, "", self._why)
                 self._why = self._why or self._store.get(END).decode()
-                names = [f"{one}" for one in self._read]
-                if self._store.check(names):  # all have come
+                if come := come or self._store.check(names):
                     for one, told in zip(self._read, self._store.multi_get(names), strict=True):
                         self._heard[one] = State(**json.loads(told))
                     self._siblings = self._siblings or self._find()

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from launching import ROOT, TOY, alone, profile, toy
+from launching import ROOT, TOY, alone, profile, together, toy
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -113,30 +113,38 @@ class Hunt:
         """What came of a case, and of starting it again."""
         place = self.folder / f"{case.number}"
         place.mkdir()
-        first = self._launch(case, place, case.fault, case.outside)
+        first = self._launch(case, place)
         if first.how == "stopped" and checkpoint.newest(place / "run" / "checkpoints") is None:
             first = Ended("BROKEN", first.seconds, f"stopped without a checkpoint\n{first.said}")
-        again = self._launch(case, place, None, None)
+        again = self._again(case, place)
         if again.how == "finished" and case.kind == "toy":
             ours = load_file(place / "run" / "adapters" / "toy.safetensors")
             if any(float(value.sub(self.clean[name]).abs().max()) > 1e-5 for name, value in ours.items()):
                 again = Ended("BROKEN", again.seconds, "its weights are not those of a run that nothing happened to")
         return case, first, again
 
-    def _launch(self, case: Case, place: Path, fault: Any, outside: tuple[str, str, float] | None) -> Ended:
-        options = self.options(case, place, [fault] if fault else [])
+    def _launch(self, case: Case, place: Path) -> Ended:
+        options = self.options(case, place, [case.fault] if case.fault else [])
         launcher = [sys.executable, "-m", "finetune.launch", *profile(case.profile, place)]
         processes = ["--num_processes", str(case.world)]
-        environment = {**os.environ, "FINETUNE_SILENCE": "8", "PYTHONPATH": f"{TOY.parent}{os.pathsep}{ROOT}"}
+        environment = {**os.environ, "FINETUNE_SILENCE": "8"}
         log = place / "log.txt"
         with log.open("w") as stream:
             command = [*launcher, *processes, str(FAULTY), options]
             started = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
         met = self._meet(started, log)
-        if outside:
-            send(started.pid, *outside)
+        if case.outside:
+            send(started.pid, *case.outside)
         code = watched(started, log)
-        return Ended(judge(code, log.read_text(), outside), time.monotonic() - met, log.read_text())
+        return Ended(judge(code, log.read_text(), case.outside), time.monotonic() - met, log.read_text())
+
+    def _again(self, case: Case, place: Path) -> Ended:
+        """Without a launcher, which has nothing to do."""
+        launcher = [*profile(case.profile, place), "--num_processes", str(case.world)]
+        begun = time.monotonic()
+        code, said = together(launcher, FAULTY, self.options(case, place, []), timeout=LONGEST)
+        seconds = time.monotonic() - begun
+        return Ended("HUNG" if seconds > LONGEST else judge(code, said), seconds, said)
 
     def _meet(self, started: subprocess.Popen[bytes], log: Path) -> float:
         begun = time.monotonic()
@@ -147,8 +155,8 @@ class Hunt:
         return time.monotonic()
 
     def options(self, case: Case, place: Path, faults: list[dict[str, Any]]) -> str:
-        path, batch_size = place / "options.json", 4 // case.world
         """The argument of ``faulty_run.py`` for a run in ``place/run``; its path."""
+        path, batch_size = place / "options.json", 4 // case.world
         options = {"faults": faults, "pause": 0.2}
         toy(path, place / "run", options, batch_size=batch_size, steps=STEPS)
         values = json.loads(path.read_text())
@@ -260,6 +268,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--folder", type=Path, help="keeps what the runs wrote and said")
     asked = parser.parse_args()
+    os.environ["PYTHONPATH"] = f"{TOY.parent}{os.pathsep}{ROOT}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

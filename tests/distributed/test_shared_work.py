@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import TOY, alone, launch, profile, toy
+from launching import TOY, alone, launch, profile, together, toy
 from PIL import Image
 
 TOYS, FAULTY = (Path(__file__).with_name(name) for name in ("toys_run.py", "faulty_run.py"))
@@ -35,7 +35,7 @@ def test_the_schedule_counts_updates_whatever_shares_them(
         if world == 1:
             alone(TOYS, *paths)
         else:
-            code, said = launch([*profile(name, tmp_path), "--num_processes", f"{world}"], TOYS, *paths)
+            code, said = together([*profile(name, tmp_path), "--num_processes", f"{world}"], TOYS, *paths)
             assert code == 0, said
         for parts in (1, 2, 4):
             lines = (tmp_path / f"{world}-{parts}" / "metrics.jsonl").read_text().splitlines()
@@ -97,7 +97,7 @@ def test_class_images_and_previews_are_shared(
             alone(FAULTY, str(path))
         else:
             options = [*profile(name, tmp_path), "--num_processes", f"{ranks}"]
-            code, said = launch(options, FAULTY, str(path), timeout=300)
+            code, said = together(options, FAULTY, str(path), timeout=300)
             assert code == 0, said
         drawn = (tmp_path / f"cache{ranks}").glob("class-images/*/*.png")
         images[ranks] = {file.name: file.read_bytes() for file in drawn}
