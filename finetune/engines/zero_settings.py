@@ -13,6 +13,7 @@ import torch
 from accelerate import DeepSpeedPlugin
 
 from finetune.config.schema import TrainConfig
+from finetune.engines import build_locks
 from finetune.engines.pieces import require_divisible
 from finetune.errors import UserError
 
@@ -48,9 +49,8 @@ def plugin(train: TrainConfig, on_cpu: bool) -> DeepSpeedPlugin:
         comm: Any = importlib.import_module("deepspeed.comm.torch")
     except ImportError:
         raise UserError("the launch profile asks for DeepSpeed: pip install deepspeed") from None
-    # A kernel for inference on CPUs, which the first start has a compiler build. One that is killed meanwhile leaves a
-    # lock behind, for which all later ones wait without a word.
-    comm.build_shm_op = lambda: None
+    build_locks.watch()
+    comm.build_shm_op = lambda: None  # a kernel for inference on CPUs, which the first start would compile
     if _FILE in os.environ:
         os.environ[_FILE] = str(_settings_file(Path(os.environ[_FILE])))
     found = DeepSpeedPlugin(zero3_init_flag=False)  # networks are loaded whole, then dealt out
