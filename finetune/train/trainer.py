@@ -343,4 +343,3 @@ class Trainer:
 
     def _whole(self, change: bool = False) -> AbstractContextManager[None]:
         return self._engine.whole(list(self._parameters.values()), change)
-
