@@ -52,6 +52,7 @@ class Lora(Injected):
         self.config = config
         self._ranks: dict[str, int] = {}
         self._principal: dict[str, Principal] = {}
+        self._shared = False
         self.bounded = config.max_norm is not None
         super().__init__(config, family, seed)
 
@@ -162,9 +163,22 @@ class Lora(Injected):
         for name, parameter in self.parameters().items():
             parameter.copy_(loaded[name])
 
+    def share_networks(self) -> None:
+        """From here on PiSSA can't put the base's weights back for a time."""
+        self._shared = True
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, every layer answers as its base does: bit-equal to the untouched network."""
+        """Inside, every layer answers as its base does: bit-equal to the untouched network.
+
+        Raises:
+            UserError: PiSSA has changed a base that processes hold in pieces.
+        """
+        if self._shared and self._principal:
+            raise UserError(
+                "prior.kind: 'model' with adapter.init: pissa does not work where processes hold the networks in "
+                "pieces (ZeRO-3, FSDP2); take images, or zero2"
+            )
         with super().disabled(), self._residual(0.0):
             yield
 

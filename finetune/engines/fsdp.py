@@ -17,22 +17,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
-from finetune.blocks import blocks_of
 from finetune.engines import Memories, Reached, put
 from finetune.engines.fsdp_settings import FsdpSettings
-from finetune.errors import GuardError
+from finetune.engines.fsdp_units import Units
+from finetune.errors import UserError
 
 
 class Fsdp2:
     """An ``Engine`` under FSDP2.
 
     Args:
-        trainee, optimizer: wrapped once. What the loss reads outside of the modules that hold it lies outside of blocks.
+        trainee, optimizer: wrapped once. What the loss reads outside of the modules that hold it lies outside of
+            blocks.
         autocast: of the forward pass, None for float32.
+
+    Raises:
+        UserError: a single number trains, which cannot be cut.
+        GuardError: torch has left a module as it is.
     """
 
     sharded = True
@@ -52,8 +55,9 @@ class Fsdp2:
         self._done = 0  # micro-steps of the update
         self._autocast = autocast
         self._trainee, self._plain = trainee, optimizer
+        _require_cuttable(trainee)
         self._homes = _homes(trainee)
-        self._cut = _Cut(trainee, self._device, settings)
+        self._units = Units(trainee, self._device, settings)
         self._sharded: dict[nn.Parameter, Any] = {}  # what fully_shard has put in place of it, a DTensor
         for parameter, places in self._homes.items():
             module, name = places[0]
@@ -78,7 +82,7 @@ class Fsdp2:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Count one micro-step. Gradients go to their processes in each: whole ones would take more than the weights."""
+        """Count one micro-step. Gradients go to their processes in each: whole, they would take as much as weights."""
         self._done = self._done % self._steps + 1
         yield
 
@@ -152,13 +156,13 @@ class Fsdp2:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Fill all networks, and let nothing be gathered or cut for as long as it lasts."""
-        with self.whole(list(self._homes)), self._cut.off():
+        with self.whole(list(self._homes)), self._units.off():
             yield
 
     def release(self) -> None:
         """Leave all weights whole on every process, in modules that know nothing of FSDP."""
         self._fill([parameter for parameter in self._homes if parameter not in self._whole])
-        self._cut.undo()
+        self._units.undo()
         self._sharded.clear()
 
     def memory(self, parameter: nn.Parameter) -> Mapping[str, Any]:
@@ -189,7 +193,7 @@ class Fsdp2:
 
     @torch.no_grad()
     def _fill(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._cut.reshard()
+        self._units.reshard()
         for parameter in parameters:
             parameter.data = self._gathered(self._piece(parameter), self._sharded[parameter].shape[0])
             self._place(parameter, parameter)
@@ -215,84 +219,13 @@ class Fsdp2:
         padded = piece.new_zeros(longest, *piece.shape[1:], device=self._device)
         padded[: len(piece)] = piece
         found = padded.new_empty(longest * self._world, *piece.shape[1:])
-        torch.distributed.all_gather(list(found.chunk(self._world)), padded)
+        torch.distributed.all_gather_into_tensor(found, padded)
         return found[:rows].clone() if rows < len(found) else found
 
     def _mine(self, piece: Tensor, value: Tensor) -> Tensor:
-        """This process's rows of ``value``, which is whole."""
+        """Rows of ``value``, which is whole, that belong to this process."""
         longest = -(-len(value) // self._world)
         return value.narrow(0, min(longest * self._rank, len(value)), len(piece))
-
-
-class _Cut:
-    """The modules whose weights are dealt out together: each block, and last the whole with what is in none.
-
-    Raises:
-        GuardError: torch has left one as it is.
-    """
-
-    def __init__(self, trainee: nn.Module, device: torch.device, settings: FsdpSettings) -> None:
-        world = torch.distributed.get_world_size()
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
-        scalars = {one for one in trainee.parameters() if one.ndim == 0 and not one.requires_grad}
-        mesh = init_device_mesh(device.type, (world,))
-        self._kinds: dict[Any, type[nn.Module]] = {}
-        for unit in [*units(trainee), trainee]:
-            self._kinds[unit] = type(unit)
-            reshard = None if unit is trainee and settings.reshard else settings.reshard
-            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload, ignored_params=scalars)
-        if plain := [type(unit).__name__ for unit in self._kinds if not isinstance(unit, FSDPModule)]:
-            raise GuardError(f"FSDP2 was asked for, but these are not dealt out: {', '.join(plain[:5])}")
-
-    def reshard(self) -> None:
-        """Let go of what is gathered."""
-        for unit in self._kinds:
-            unit.reshard()
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Inside, modules run with what is in them."""
-        self._take_hooks()
-        try:
-            yield
-        finally:
-            for unit in self._kinds:  # as torch registers them
-                state: Any = fully_shard.state(unit)  # type: ignore[attr-defined]
-                first = unit.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
-                state._pre_forward_hook_handle = first
-                state._post_forward_hook_handle = unit.register_forward_hook(state._post_forward)
-
-    def undo(self) -> None:
-        """Make ordinary modules of them, for good."""
-        self._take_hooks()
-        for unit, kind in self._kinds.items():
-            unit.__class__ = kind
-        self._kinds.clear()
-
-    def _take_hooks(self) -> None:
-        for unit in self._kinds:
-            state: Any = fully_shard.state(unit)  # type: ignore[attr-defined]
-            state._pre_forward_hook_handle.remove()
-            state._post_forward_hook_handle.remove()
-
-
-def units(trainee: nn.Module) -> list[nn.Module]:
-    """Blocks, and members of lists outside of blocks, such as residual layers of a U-Net; inner ones first.
-
-    Only what holds weights that none inside it holds.
-    """
-    blocks = blocks_of(trainee)
-    lists = {name: part for name, part in trainee.named_modules() if isinstance(part, nn.ModuleList)}
-    listed = {f"{name}.{number}" for name, part in lists.items() for number, _ in part.named_children()}
-    outside = {name for name in listed if not any(name.startswith(f"{block}.") for block in blocks)}
-    units: list[nn.Module] = []
-    dealt: set[nn.Parameter] = set()
-    for name, part in reversed(list(trainee.named_modules())):
-        if name in outside | blocks.keys() and not isinstance(part, nn.ModuleList | nn.ModuleDict):
-            if own := set(part.parameters()) - dealt:
-                units.append(part)
-                dealt |= own
-    return units
 
 
 def _homes(trainee: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
@@ -303,6 +236,15 @@ def _homes(trainee: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]
             if parameter.ndim:
                 homes.setdefault(parameter, []).append((module, name))
     return homes
+
+
+def _require_cuttable(trainee: nn.Module) -> None:
+    for name, parameter in trainee.named_parameters():
+        if parameter.requires_grad and not parameter.ndim:
+            raise UserError(
+                f"{name.removeprefix('networks.')} is a single number that trains, and FSDP2 cuts weights along their "
+                "first axis: launch with ddp or zero2"
+            )
 
 
 def _like(value: Any, parameter: Tensor) -> bool:

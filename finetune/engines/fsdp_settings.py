@@ -10,6 +10,11 @@ from finetune.engines.pieces import require_divisible
 from finetune.errors import UserError
 
 _ASKED = "ACCELERATE_USE_FSDP"
+_KEYS = {  # of a profile, where a variable is not called like it
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",
+    "ACCELERATE_DYNAMO_BACKEND": "dynamo_backend",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
 _REFUSED = {  # variable of accelerate's -> the values that change nothing, and what to do about others
     "FSDP_AUTO_WRAP_POLICY": (("NO_WRAP",), "weights are dealt out block by block, whatever the model; take it out"),
     "FSDP_TRANSFORMER_CLS_TO_WRAP": ((), "weights are dealt out block by block, whatever the model; take it out"),
@@ -21,6 +26,8 @@ _REFUSED = {  # variable of accelerate's -> the values that change nothing, and 
     "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "it is the recipe's to say, as train.gradient_checkpointing"),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "it is not done here; write false"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": (("false",), "every process loads the networks, which are then cut; write false"),
+    "ACCELERATE_DYNAMO_BACKEND": (("NO",), "networks are not compiled with FSDP2; take it out"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (("false",), "weights are cut over all processes; take it out"),
 }
 
 
@@ -53,7 +60,7 @@ def settings(train: TrainConfig) -> FsdpSettings:
         raise UserError(f"fsdp_version is {version}, expected 2: FSDP1 is not trained with here")
     for name, (allowed, why) in _REFUSED.items():
         if (said := os.environ.get(name)) is not None and said not in allowed:
-            raise UserError(f"{name.lower()}: {said} does not work here: {why}")
+            raise UserError(f"{_KEYS.get(name, name.lower())}: {said} does not work here: {why}")
     require_divisible(train, "FSDP2")
     return FsdpSettings(_flag("FSDP_RESHARD_AFTER_FORWARD", "true"), _flag("FSDP_OFFLOAD_PARAMS", "false"))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from finetune.adapter import ParameterGroup
-from finetune.engines.fsdp import units
+from finetune.engines.fsdp_units import units_of
 from finetune.plan.weights import Weight
 
 
@@ -23,7 +23,7 @@ def inventory(networks: nn.ModuleDict, groups: Sequence[ParameterGroup], held: I
     inside = {name for name in held if any(one in trained for one in networks[name].parameters())}
     dealt = nn.ModuleDict({name: networks[name] for name in held if name in inside | {"denoiser"}})
     homes: dict[nn.Parameter, str | None] = dict.fromkeys(dealt.parameters())
-    for number, unit in enumerate(units(dealt)):
+    for number, unit in enumerate(units_of(dealt)):
         for parameter in unit.parameters():
             homes[parameter] = homes[parameter] or str(number)
     found = [

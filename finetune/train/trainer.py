@@ -21,6 +21,7 @@ from finetune.randomness import derive
 from finetune.train import checkpoint, optimizers, schedules
 from finetune.train.checkpoint import Snapshot
 from finetune.train.ema import Ema
+from finetune.train.fitting import require_fitting, samples_per_step
 from finetune.train.guards import GradientWatch, NormGuard, require_finite_losses, require_one_home
 from finetune.train.log import Log, peak_memory
 from finetune.train.optimizer_state import load_state_by_name, state_by_name
@@ -304,7 +305,7 @@ class Trainer:
         facts = {
             "recipe": fingerprint(self.recipe),
             "world": self.processes.world,
-            "samples_per_step": self._samples_per_step(),
+            "samples_per_step": samples_per_step(self.recipe.train, self.processes.world),
             "scaler": self._engine.scaler_state(),
             "pictures": self._pictures,
             "versions": versions(),
@@ -327,7 +328,8 @@ class Trainer:
         if path is None:
             return
         saved = checkpoint.load(path)
-        self._require_fitting(saved)
+        world, run = self.processes.world, self.folder.path
+        require_fitting(saved, self.recipe.train, world, self._shapes, self._pictures, run)
         with self._whole(change=True), torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(saved.trained[name])
@@ -339,27 +341,5 @@ class Trainer:
         self._moved = frozenset(group.name for group in self._groups) if self.step > 1 else frozenset()
         self.processes.say(f"continuing from {path}")
 
-    def _require_fitting(self, saved: Snapshot) -> None:
-        total, facts, here = self.recipe.train.total_steps, saved.facts, self._samples_per_step()
-        if saved.step > total:
-            raise UserError(f"train.steps is {total}, but {self.folder.path} is already at step {saved.step}")
-        if facts["samples_per_step"] != here:
-            raise UserError(
-                f"{self.folder.path} was trained with {facts['samples_per_step']} pictures a step, here it would be "
-                f"{here}: processes x train.batch_size x train.gradient_accumulation_steps must stay the same"
-            )
-        if {name: value.shape for name, value in saved.trained.items()} != self._shapes:
-            raise UserError(f"{self.folder.path} holds a run that trains other weights than this recipe")
-        then = facts["pictures"]
-        if changed := sorted(i for i in then.keys() | self._pictures.keys() if then.get(i) != self._pictures.get(i)):
-            raise UserError(
-                f"{len(changed)} pictures are not those that {self.folder.path} was trained on, the first is "
-                f"{changed[0]!r}; put them back, or choose another output folder"
-            )
-
     def _whole(self, change: bool = False) -> AbstractContextManager[None]:
         return self._engine.whole(list(self._parameters.values()), change)
-
-    def _samples_per_step(self) -> int:
-        train = self.recipe.train
-        return train.batch_size * train.gradient_accumulation_steps * self.processes.world

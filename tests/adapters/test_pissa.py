@@ -99,3 +99,17 @@ def test_strength_goes_from_the_base_to_what_was_trained(tiny_sd: Path) -> None:
 def test_weight_decay_does_not_draw_to_the_residual(tiny_sd: Path) -> None:
     """METHODS 1.4.6: decay draws to the base, which for these factors is not zero."""
     assert not any(group.decays for group in attached(tiny_sd, **PISSA)[1].groups())
+
+
+def test_the_base_is_not_put_back_where_processes_hold_it_in_pieces(tiny_sd: Path) -> None:
+    _, adapter = attached(tiny_sd, **PISSA)
+    _, plain = attached(tiny_sd, **{**PISSA, "init": "kaiming"})
+    for one in (adapter, plain):
+        one.share_networks()
+    with plain.disabled():
+        pass
+    with (
+        pytest.raises(UserError, match=r"adapter\.init: pissa does not work.*take images, or zero2"),
+        adapter.disabled(),
+    ):
+        pass

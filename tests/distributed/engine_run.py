@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toy_run import ToyBatches, build, recipe
+from toy_run import Denoiser, ToyBatches, build, recipe
 
 from finetune.errors import GuardError, Stopped, UserError
 from finetune.files import write_json
@@ -55,8 +55,8 @@ def spoil_gradients() -> None:
     trainer, networks = build(recipe(folder / "gradient", steps=6, batch_size=2), dropout=0.0)
     before = whole(trainer)
     if trainer.processes.rank == 1:
-        weight: nn.Parameter = networks["denoiser"].first.weight  # type: ignore[union-attr, assignment]
-        weight.register_hook(broken)
+        first: nn.Module = networks["denoiser"].first  # type: ignore[union-attr, assignment]
+        first.register_forward_hook(lambda _, __, answer: answer.register_hook(broken) and None)
     steps = trainer.steps(ToyBatches(trainer.recipe, trainer.processes))
     expect(GuardError, "the gradient of step 1 is not finite", lambda: trainer.update(next(steps)))
     assert all(torch.equal(one, other) for one, other in zip(before, whole(trainer), strict=True))
@@ -84,9 +84,30 @@ def hold_to_the_average() -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, whole(trainer), strict=True))
 
 
+def deal_out() -> None:
+    """What a process holds between steps: its share of every weight where weights are dealt out, and else all."""
+    trainer, networks = build(recipe(folder / "share", steps=6, batch_size=2), dropout=0.0)
+    total = sum(value.numel() for value in Denoiser(0.0).parameters())
+    for batch in trainer.steps(ToyBatches(trainer.recipe, trainer.processes)):
+        trainer.update(batch)
+        held = sum(_local(value).numel() for value in networks.parameters())
+        everywhere = trainer.processes.gather(torch.tensor(held)).tolist()
+        if engine == "FSDP2":
+            assert sum(everywhere) == total and max(everywhere) <= 0.6 * total
+        elif engine == "DeepSpeed ZeRO-3":
+            assert held == 0, "DeepSpeed keeps pieces beside parameters"
+        else:
+            assert everywhere == [total, total]
+
+
+def _local(value: Any) -> torch.Tensor:
+    local: torch.Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local
+
+
 def refuse_uneven_counts() -> None:
     """A checkpoint in which the weights of a group have been moved unequally often."""
-    if engine != "ddp":
+    if "ZeRO" in engine:
         expect(UserError, "unequally often", lambda: train("uneven"))
 
 
@@ -95,7 +116,8 @@ expect(GuardError, "the loss of step 3 is not finite on process 1", lambda: trai
 spoil_gradients()
 change_weights()
 hold_to_the_average()
-engine = "zero" if train("which", steps=1).processes._zero_stage else "ddp"
+engine = train("which", steps=1).processes.engine_name
+deal_out()
 refuse_uneven_counts()
 settings: dict[str, Any] = {"max_grad_value": 0.01, "optimizer": {"name": "lion"}, "learning_rate": 0.01}
 values = train("values", **settings).finish()[0].tensors

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from launching import TOY, launch, profile
+from launching import TOY, profile, together
 
 COUNTED = Path(__file__).with_name("collectives_run.py")
 
@@ -15,7 +15,7 @@ COUNTED = Path(__file__).with_name("collectives_run.py")
 def counts(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, int]]]:
     """Calls of each micro-step, of both processes."""
     monkeypatch.setenv("PYTHONPATH", f"{TOY.parent}{os.pathsep}{os.environ.get('PYTHONPATH', TOY.parents[2])}")
-    code, said = launch(profile(name, folder), COUNTED, str(folder), timeout=120)
+    code, said = together(profile(name, folder), COUNTED, str(folder), timeout=120)
     assert code == 0, said
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from launching import PROFILES, ROOT, together
 from PIL import Image
 
 from finetune.config import read_recipe
 from finetune.data import prepare
 from finetune.families import load_family
-
-ROOT = Path(__file__).parents[2]
-TWO = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu-2.yaml"]
 
 
 @pytest.fixture
@@ -44,21 +39,20 @@ def recipe(tmp_path: Path, tiny_sd: Path) -> Path:
     return path
 
 
-def launched(*arguments: str) -> str:
+def launched(program: Path, *arguments: str) -> str:
     """What two processes print."""
-    unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run([*TWO, *arguments], capture_output=True, text=True, timeout=300, env=unset, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    code, said = together(["--config_file", str(PROFILES / "cpu-2.yaml")], program, *arguments)
+    assert code == 0, said
+    return said
 
 
 def test_two_processes_make_each_entry_once_and_both_read_all(recipe: Path, tmp_path: Path) -> None:
     """First the command, then a run that finds all of it; against what one process alone makes."""
-    said = launched("-m", "finetune", "data", "cache", str(recipe))
+    said = launched(ROOT / "finetune" / "__main__.py", "data", "cache", str(recipe))
     assert "latents: 8 made, 0 were there; 2 packs" in said, "four pictures and their mirrors, each process some"
     assert "prompts: 5 made, 0 were there; 2 packs" in said
     assert said.count("latents:") == 1, "one of the processes speaks"
-    launched(str(Path(__file__).with_name("cache_run.py")), str(recipe), str(tmp_path))
+    launched(Path(__file__).with_name("cache_run.py"), str(recipe), str(tmp_path))
     ranks = [json.loads((tmp_path / f"rank {rank}.json").read_text()) for rank in (0, 1)]
     assert all(rank["made"] == [0, 0] and rank["networks"] == ["denoiser"] for rank in ranks), "no encoder was needed"
     alone = read_recipe(recipe, [f"data.cache.folder={tmp_path / 'alone'}", "train.batch_size=2"])

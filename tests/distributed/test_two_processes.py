@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import PROFILES, TOY, alone, launch, toy
+from launching import PROFILES, TOY, alone, launch, together, toy
 from safetensors.torch import load_file
 
 from finetune.launcher import set_threads, usable_cores
@@ -33,7 +33,7 @@ def test_the_profile_starts_two_that_understand_each_other() -> None:
 def test_two_processes_train_as_one_does_and_one_can_take_over(tmp_path: Path) -> None:
     """A signal to the second process stops both after one step; a single process then finishes their run."""
     two, one = tmp_path / "two", tmp_path / "one"
-    code, said = launch(TWO, TOY, toy(tmp_path / "two.json", two, {"signal_at": [4, 1]}, batch_size=2))
+    code, said = together(TWO, TOY, toy(tmp_path / "two.json", two, {"signal_at": [4, 1]}, batch_size=2))
     assert code != 0 and "stopped after step 5" in said, said
     assert [path.name for path in (two / "checkpoints").iterdir()] == ["step-000005"]
     for output in (one, two):
@@ -46,7 +46,7 @@ def test_two_processes_train_as_one_does_and_one_can_take_over(tmp_path: Path) -
 
 def test_one_bad_picture_stops_both_before_anything_moves(tmp_path: Path) -> None:
     """Draws 12 to 15 are step 4's (from 0: 3); the second process has 14 and 15, which are pictures 0 and 1."""
-    code, said = launch(TWO, TOY, toy(tmp_path / "o.json", tmp_path / "run", {"nan_at": [3, 1]}, batch_size=2))
+    code, said = together(TWO, TOY, toy(tmp_path / "o.json", tmp_path / "run", {"nan_at": [3, 1]}, batch_size=2))
     assert code != 0
     message = "the loss of step 4 is not finite on process 1 (0.png, 1.png); nothing was updated"
     assert said.count(message) == 2, said

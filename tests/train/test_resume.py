@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from toy_run import ToyBatches, build, recipe
 
 from finetune.errors import Stopped, UserError
+from finetune.train.fitting import _advice
 from finetune.train.trainer import Trainer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -122,8 +123,23 @@ def test_more_steps_continue_and_fewer_are_refused(tmp_path: Path) -> None:
 def test_another_division_of_the_same_batch_continues_and_another_batch_is_refused(tmp_path: Path) -> None:
     train(build(recipe(tmp_path / "run", steps=4, batch_size=4))[0])
     train(build(recipe(tmp_path / "run", steps=5, batch_size=2, gradient_accumulation_steps=2))[0])
-    with pytest.raises(UserError, match="4 pictures a step, here it would be 2"):
+    fits = r"4 pictures a step, here it would be 2.*On one process train\.batch_size=2 .*_steps=2 would do"
+    with pytest.raises(UserError, match=fits):
         train(build(recipe(tmp_path / "run", steps=6, batch_size=2))[0])
+
+
+@pytest.mark.parametrize(
+    ("pictures", "world", "batch_size", "advice"),
+    [
+        (8, 2, 4, "On 2 processes train.batch_size=4 train.gradient_accumulation_steps=1 would do"),
+        (12, 2, 4, "On 2 processes train.batch_size=3 train.gradient_accumulation_steps=2 would do"),
+        (4, 4, 8, "On 4 processes train.batch_size=1 train.gradient_accumulation_steps=1 would do"),
+        (4, 3, 1, "No values do on 3 processes; take 1, 2 or 4 of them"),
+        (1, 2, 1, "No values do on 2 processes; take 1 of them"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_told_what_would(pictures: int, world: int, batch_size: int, advice: str) -> None:
+    assert _advice(pictures, world, batch_size) == advice
 
 
 def test_other_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ from toy_run import ToyBatches, build, recipe
 
 from finetune.adapter import ParameterGroup
 from finetune.engines import Reached, came_of
+from finetune.engines.pieces import require_plain
 from finetune.errors import GuardError, UserError
 from finetune.train.guards import GradientWatch, NormGuard, require_one_home
-from finetune.train.trainer import Trainer, _require_plain
+from finetune.train.trainer import Trainer
 
 
 def run(trainer: Trainer, **options: Any) -> dict[str, Tensor]:
@@ -33,7 +34,7 @@ def metrics(output: Path) -> list[dict[str, float]]:
 
 def test_a_run_learns_and_writes_down_every_step(tmp_path: Path) -> None:
     trainer, networks = build(recipe(tmp_path / "run", steps=40), dropout=0.0)
-    frozen = networks["denoiser"].middle.weight.clone()
+    frozen = networks["denoiser"].layers[0].weight.clone()
     run(trainer)
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -42,7 +43,7 @@ def test_a_run_learns_and_writes_down_every_step(tmp_path: Path) -> None:
         parts = row["loss_instance"] + row["loss_prior"]
         assert parts / 2 == pytest.approx(row["loss"], rel=1e-5)  # one of each in every batch of two
         assert row["seconds"] > 0 and row["samples_per_second"] > 0 and row["peak_memory"] > 1 << 20
-    assert torch.equal(networks["denoiser"].middle.weight, frozen)
+    assert torch.equal(networks["denoiser"].layers[0].weight, frozen)
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
@@ -226,5 +227,5 @@ def test_overflows_in_a_row_end_a_float16_run() -> None:
 def test_weights_with_a_place_of_their_own_are_not_dealt_out(tmp_path: Path, key: str, value: object) -> None:
     config = recipe(tmp_path / "run", steps=1)
     model = type(config.model).model_validate({key: value})
-    with pytest.raises(UserError, match=rf"model\.{key} does not work with ZeRO-3"):
-        _require_plain(config.model_copy(update={"model": model}))
+    with pytest.raises(UserError, match=rf"model\.{key} does not work with FSDP2"):
+        require_plain(config.model_copy(update={"model": model}), "FSDP2")

@@ -5,6 +5,7 @@ As a program it trains one run, for tests that need processes: ``python toy_run.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -103,11 +104,11 @@ class ToyLoss(NamedTuple):
 class Denoiser(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.first, self.middle, self.last = nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.first, self.layers, self.last = nn.Linear(16, 8), nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 16)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.last(self.dropout(torch.tanh(self.middle(torch.tanh(self.first(latents.flatten(1)))))))
+        return self.last(self.dropout(torch.tanh(self.layers[0](torch.tanh(self.first(latents.flatten(1)))))))
 
 
 def recipe(output: Path | str, **train: Any) -> Recipe:
@@ -146,12 +147,17 @@ def build(
 
 def main(path: Path) -> None:
     """Train. Options beside the recipe: seconds to ``pause`` in every step, ``nan_at``, ``signal_at`` and ``raise_at``
-    [step, rank].
+    [step, rank], and where to write each picture ``seen`` (its step, id and draw).
     """
     options = json.loads(path.read_text())
     run = Recipe.model_validate_json(json.dumps(options["recipe"]))
     trainer, _ = build(run, dropout=options.get("dropout", 0.3))
+    seen: list[tuple[int, str, int]] = []
+    if "seen" in options:
+        path = Path(f"{options['seen']}.{trainer.processes.rank}.json")
+        atexit.register(lambda: path.write_text(json.dumps(seen)))
     for batch in trainer.steps(ToyBatches(run, trainer.processes, tuple(options.get("nan_at", ())))):
+        seen += [(trainer.step, *one) for one in zip(batch.ids, batch.draws, strict=True)]
         trainer.update(batch)
         time.sleep(options.get("pause", 0))
         if [trainer.step, trainer.processes.rank] == options.get("signal_at"):
