@@ -63,9 +63,9 @@ def refusal(recipe: Recipe, launch: Launch) -> str | None:
 
 
 def _candidates(recipe: Recipe, processes: int) -> list[Launch]:
-    """Of one machine, the simplest first. Alone, only what offloads can be of use beside plain training."""
+    """Of one machine and without a disk of its own, the simplest first. Alone, only what offloads can be of use beside plain training."""
     on_cpu = recipe.train.device == "cpu"
-    found = [one for one in launches().values() if one.machines == 1]
+    found = [one for one in launches().values() if one.machines == 1 and not one.disk]
     found = [one for one in found if one.cpu == on_cpu or one.kind not in ("alone", "ddp")]
     if processes == 1:
         found = [one for one in found if one.kind == "alone" or one.offload_optimizer]

@@ -37,6 +37,7 @@ class Launch:
         cpu: it never takes a GPU.
         offload_optimizer: the optimizer's memory and its copies of the weights lie on the host.
         offload_weights: so do the pieces of weights.
+        disk: pieces of weights lie on a disk.
         bucket: numbers in one of DeepSpeed's buffers for gradients.
         buffers: how many of these there are.
         persistent: ZeRO-3 keeps tensors of up to so many numbers whole.
@@ -52,6 +53,7 @@ class Launch:
     cpu: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
+    disk: bool = False
     bucket: int = 0
     buffers: int = 0
     persistent: int = 0
@@ -114,7 +116,8 @@ def _zero(file: Path, settings: str) -> dict[str, Any]:
     return {
         "kind": f"zero{stage}",
         "offload_optimizer": told.get("offload_optimizer", {}).get("device") == "cpu",
-        "offload_weights": told.get("offload_param", {}).get("device") == "cpu",
+        "offload_weights": told.get("offload_param", {}).get("device") in ("cpu", "nvme"),
+        "disk": told.get("offload_param", {}).get("device") == "nvme",
         "bucket": told.get("reduce_bucket_size", _DEFAULTS["reduce_bucket_size"]),
         "buffers": 2 if stage < 3 and overlaps else 1,
         **(dealt if stage == 3 else {}),

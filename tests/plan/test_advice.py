@@ -14,7 +14,8 @@ from rich.console import Console
 from finetune.config import Recipe, read_recipe
 from finetune.engines.pieces import require_divisible, require_plain
 from finetune.errors import UserError
-from finetune.plan import Advice, Plan, plan, render
+from finetune.plan import Advice, Plan, Way, plan, render
+from finetune.plan.advice import _advice as advice_of
 from finetune.plan.advice import refusal
 from finetune.plan.launches import launches
 
@@ -63,22 +64,37 @@ def test_one_process_needs_no_launcher(folder: Path) -> None:
     assert all(way.sent == 0 for way in found.ways)
 
 
-def test_each_profile_is_taken_where_the_simpler_ones_do_not_fit(folder: Path) -> None:
-    for settings in (PLAIN, FULL):
-        sizes = needs(advice(*settings))
-        for name, size in sizes.items():
-            found = advice(*settings, room=size)
-            simpler = list(sizes)[: list(sizes).index(name)]
-            expected = next((one for one in simpler if sizes[one] <= size), name)
-            assert found.launch == expected
-            if expected != "ddp":
-                assert found.reason.startswith("ddp needs") and f"{expected} on 4 processes fits" in found.reason
-
-
-def test_what_fits_nowhere_is_said_with_the_least_of_all(folder: Path) -> None:
-    found = advice(room=1000)
+@pytest.mark.parametrize("settings", [PLAIN, FULL])
+def test_each_profile_is_taken_where_the_simpler_ones_do_not_fit(settings: list[str], folder: Path) -> None:
+    ways = advice(*settings).ways
+    taken = set()
+    for place, way in enumerate(ways):
+        found = advice_of(ways, 10**6, 4, way.bytes, "recipe.yaml")
+        expected = next(one.launch for one in ways[: place + 1] if one.bytes <= way.bytes)
+        assert found.launch == expected
+        if expected != "ddp":
+            assert found.reason.startswith("ddp needs") and f"{expected} on 4 processes fits" in found.reason
+        taken.add(found.launch)
+    assert len(taken) > 1
+    found = advice_of(ways, 10**6, 4, 1000, "recipe.yaml")
     assert (found.launch, found.command) == (None, None)
     assert "nothing fits into 1000 bytes on 4 processes: the least is " in found.reason
+
+
+@pytest.mark.parametrize(
+    ("sizes", "launch"),
+    [
+        ({"ddp": 14, "zero2": 13, "fsdp2": 9, "zero3": 8}, "ddp"),  # an adapter
+        ({"ddp": 41, "zero2": 19, "fsdp2": 12, "zero3": 11}, "zero2"),  # full
+        ({"ddp": 190, "zero2": 49, "fsdp2": 21, "zero3": 20}, "fsdp2"),
+        ({"ddp": 190, "zero2": 49, "fsdp2": 25, "zero3": 20}, "zero3"),
+        ({"ddp": 190, "zero2": 49, "fsdp2": 25, "zero3": 25, "zero2-offload": 20}, "zero2-offload"),
+        ({"ddp": 190, "zero2": 49}, None),
+    ],
+)
+def test_the_first_that_fits_into_24_is_taken(sizes: dict[str, int], launch: str | None) -> None:
+    ways = [Way(launch=name, bytes=size, phase="a step") for name, size in sizes.items()]
+    assert advice_of(ways, 10**6, 4, 24, "recipe.yaml").launch == launch
 
 
 def test_without_a_gpu_named_it_asks_for_one_and_a_profile_names_one(folder: Path) -> None:
@@ -102,20 +118,21 @@ def test_on_a_cpu_the_profile_of_cpus_is_advised(folder: Path) -> None:
         ([], set()),
     ],
 )
-def test_what_training_refuses_is_not_advised_and_says_why(
-    settings: list[str], refused: set[str], folder: Path
-) -> None:
-    found = advice(*settings)
-    plain = {way.launch for way in found.ways if way.refused and "-" not in way.launch}
-    assert plain == refused
-    assert found.launch == "ddp"
-    recipe = read(*settings)
+def test_what_training_refuses_is_refused_in_its_words(settings: list[str], refused: set[str], folder: Path) -> None:
+    recipe, known = read(*settings), launches()
+    said = {name: refusal(recipe, known[name]) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}
+    assert {name for name, why in said.items() if why} == refused
     for name in refused:
-        launch = launches()[name]
         with pytest.raises(UserError) as error:
             require_divisible(recipe.train, "FSDP2" if name == "fsdp2" else "ZeRO")
-            require_plain(recipe, {"zero3": "DeepSpeed ZeRO-3"}.get(name, "FSDP2"))
-        assert refusal(recipe, launch) == str(error.value)
+            require_plain(recipe, "FSDP2" if name == "fsdp2" else "DeepSpeed ZeRO-3")
+        assert said[name] == str(error.value)
+
+
+def test_what_is_refused_is_not_advised_though_it_would_fit(folder: Path) -> None:
+    found = advice("recipe=full", "adapter={kind: full}", "train.optimizer={name: adafactor}", room=1000)
+    assert found.launch is None and needs(found).keys() == {"ddp"}
+    assert all("adafactor does not work with" in (way.refused or "") for way in found.ways[1:])
 
 
 def test_networks_that_are_dealt_out_are_whole_at_first(folder: Path) -> None:

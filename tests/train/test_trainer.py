@@ -12,9 +12,10 @@ from toy_run import ToyBatches, build, recipe
 
 from finetune.adapter import ParameterGroup
 from finetune.engines import Reached, came_of
+from finetune.engines.pieces import require_plain
 from finetune.errors import GuardError, UserError
 from finetune.train.guards import GradientWatch, NormGuard, require_one_home
-from finetune.train.trainer import Trainer, _require_plain
+from finetune.train.trainer import Trainer
 
 
 def run(trainer: Trainer, **options: Any) -> dict[str, Tensor]:
@@ -227,4 +228,4 @@ def test_weights_with_a_place_of_their_own_are_not_dealt_out(tmp_path: Path, key
     config = recipe(tmp_path / "run", steps=1)
     model = type(config.model).model_validate({key: value})
     with pytest.raises(UserError, match=rf"model\.{key} does not work with FSDP2"):
-        _require_plain(config.model_copy(update={"model": model}), "FSDP2")
+        require_plain(config.model_copy(update={"model": model}), "FSDP2")
