@@ -280,8 +280,15 @@ def join(rank: int, world: int, local: range) -> Watch:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = datetime.timedelta(seconds=silence)
     plain = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Watch(rank, world, c10d.PrefixStore(f"finetune/{attempt}", plain), silence, local)
+    return Watch(rank, world, c10d.PrefixStore(f"finetune/{_attempt()}", plain), silence, local)
+
+
+def _attempt() -> str:
+    """Sets a launcher's attempts apart where they share its store. A store of their own is another one each time, and
+    launchers of several machines do not count alike: only that whose process has died counts an attempt.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
 
 
 def _status(process: psutil.Process) -> str:
