@@ -219,7 +219,9 @@ class Watch:
             if status == "stopped" and wrong[rank] >= self._patience:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-                return f"process {rank} (pid {process.pid}) was stopped for {wrong[rank]:.0f} s (SIGSTOP) and is killed"
+                told = f"process {rank} (pid {process.pid}) was stopped for {wrong[rank]:.0f} s (SIGSTOP) and is killed"
+                print(told, file=sys.stderr, flush=True)  # at once: the launcher may end this one too
+                return told
             if status == "gone" and wrong[rank] > 2 * BEAT:  # not just leaving
                 return f"process {rank} (pid {process.pid}) has gone without a word; it was at {self._at(rank)}"
         return ""
