@@ -108,20 +108,25 @@ def plan(
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="That the run will be launched on.")] = 1,
     profiles: Annotated[bool, typer.Option(help="Say what each memory profile would need.")] = True,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GiB of each GPU, for the advice how to launch; else the profile's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a recipe would do: pictures, steps, class images, memory, files. Loads no weights."""
+    """Say what a recipe would do: pictures, steps, class images, memory, how to launch it. Loads no weights."""
     import dataclasses
     import json
 
     from rich.console import Console
 
     from finetune.config import read_recipe
+    from finetune.config.profiles import usable
 
     resolved = read_recipe(recipe, overrides or [])  # before anything slow is imported
     from finetune import plan as plans
 
-    found = plans.plan(resolved, processes, profiles)
+    room = None if gpu_memory is None else usable(gpu_memory)
+    found = plans.plan(resolved, processes, profiles, room, " ".join([str(recipe), *(overrides or [])]))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:

@@ -59,7 +59,9 @@ class Processes:
         self.local_world = local_world()
         self.device: torch.device = accelerator.device
         self.threads = threads
-        self._watch = waiting.join(self.rank, self.world) if self.world > 1 else None
+        first = self.rank - self.local_rank
+        local = range(first, first + self.local_world)
+        self._watch = waiting.join(self.rank, self.world, local) if self.world > 1 else None
 
     @property
     def is_main(self) -> bool:

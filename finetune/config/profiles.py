@@ -60,7 +60,12 @@ def with_profile(recipe: Recipe, name: str | None) -> Recipe:
 
 def capacity(name: str) -> int:
     """Bytes that a run may take on a GPU of a profile."""
-    return int(int(name.removesuffix("gb")) * GIB * USABLE)
+    return usable(int(name.removesuffix("gb")))
+
+
+def usable(gibibytes: float) -> int:
+    """Bytes that a run may take on a GPU of so much memory."""
+    return int(gibibytes * GIB * USABLE)
 
 
 def _changes(recipe: Recipe, name: str | None, section: str) -> Iterator[tuple[str, Any]]:

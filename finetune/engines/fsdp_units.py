@@ -29,7 +29,7 @@ class Units:
         scalars = {one for one in trainee.parameters() if one.ndim == 0 and not one.requires_grad}
         mesh = init_device_mesh(device.type, (world,))
         self._kinds: dict[Any, type[nn.Module]] = {}
-        for unit in [*_units(trainee), trainee]:
+        for unit in [*units_of(trainee), trainee]:
             self._kinds[unit] = type(unit)
             reshard = None if unit is trainee and settings.reshard else settings.reshard
             fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload, ignored_params=scalars)
@@ -68,7 +68,7 @@ class Units:
             state._post_forward_hook_handle.remove()
 
 
-def _units(trainee: nn.Module) -> list[nn.Module]:
+def units_of(trainee: nn.Module) -> list[nn.Module]:
     """Blocks, and members of lists outside of blocks, such as residual layers of a U-Net; inner ones first.
 
     Only what holds weights that none inside it holds.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.config.schema import TrainConfig
+from finetune.config.memory import trains_base
+from finetune.config.schema import ModelPrior, Recipe, TrainConfig
 from finetune.errors import UserError
 
 ELEMENTWISE = ("adamw", "lion", "sgd")
@@ -26,3 +27,19 @@ def require_divisible(train: TrainConfig, engine: str) -> None:
         )
     if train.mixed_precision == "fp16":
         raise UserError(f"train.mixed_precision: fp16 does not work with {engine} here; take bf16")
+
+
+def require_plain(recipe: Recipe, engine: str) -> None:
+    """Refuse what has its own place for weights that the engine would deal out, or needs a second set of them.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key in ("quantize", "block_swap"):
+        if getattr(recipe.model, key):
+            raise UserError(f"model.{key} does not work with {engine}, which deals the base out; take zero2 or ddp")
+    if trains_base(recipe) and isinstance(recipe.prior, ModelPrior):
+        raise UserError(
+            f"prior.kind: 'model' with whole weights does not work with {engine}, where processes hold the networks in "
+            "pieces; take images, or zero2"
+        )

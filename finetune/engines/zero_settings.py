@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import DeepSpeedPlugin
 
 from finetune.config.schema import TrainConfig
+from finetune.engines import build_locks
 from finetune.engines.pieces import require_divisible
 from finetune.errors import UserError
 
@@ -47,9 +49,8 @@ def plugin(train: TrainConfig, on_cpu: bool) -> DeepSpeedPlugin:
         comm: Any = importlib.import_module("deepspeed.comm.torch")
     except ImportError:
         raise UserError("the launch profile asks for DeepSpeed: pip install deepspeed") from None
-    # A kernel for inference on CPUs, which the first start has a compiler build. One that is killed meanwhile leaves a
-    # lock behind, for which all later ones wait without a word.
-    comm.build_shm_op = lambda: None
+    build_locks.watch()
+    comm.build_shm_op = lambda: None  # a kernel for inference on CPUs, which the first start would compile
     if _FILE in os.environ:
         os.environ[_FILE] = str(_settings_file(Path(os.environ[_FILE])))
     found = DeepSpeedPlugin(zero3_init_flag=False)  # networks are loaded whole, then dealt out
@@ -89,4 +90,35 @@ def _settings_file(path: Path) -> Path:
     for key, ours in _RECIPES.items():
         if settings.get(key, "auto") != "auto":
             raise UserError(f'{found}: {key} is the recipe\'s to say, as {ours}; take it out, or write "auto"')
+    _require_swapping(found, settings["zero_optimization"])
     return found.resolve()
+
+
+def _require_swapping(file: Path, settings: Mapping[str, Any]) -> None:
+    """What is swapped to a disk must be frozen or have a copy in memory, and needs an operation that is compiled.
+
+    Raises:
+        UserError: the optimizer is to be swapped, there is no such folder, or libaio is missing.
+    """
+    if _device(settings, "offload_optimizer") == "nvme":
+        raise UserError(
+            f"{file}: offload_optimizer.device is 'nvme', but gradients are clipped and checkpoints written from what "
+            "the optimizer holds in memory; take 'cpu' (offload_param may be 'nvme')"
+        )
+    if _device(settings, "offload_param") != "nvme":
+        return
+    folder = Path(settings["offload_param"].get("nvme_path") or "")
+    if not folder.is_absolute() or not os.access(folder, os.W_OK):
+        raise UserError(f"{file}: offload_param.nvme_path is {str(folder)!r}, expected a writable folder of a disk")
+    operations: Any = importlib.import_module("deepspeed.ops.op_builder")
+    known: Any = importlib.import_module("deepspeed.git_version_info")
+    if not known.installed_ops.get("async_io") and not operations.AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            f"{file}: offload_param.device is 'nvme', for which DeepSpeed compiles its operation async_io; that needs "
+            "a C++ compiler and libaio with its headers: apt-get install g++ libaio-dev, or CFLAGS and LDFLAGS that "
+            "say where libaio is"
+        )
+
+
+def _device(settings: Mapping[str, Any], key: str) -> str:
+    return str((settings.get(key) or {}).get("device", "none"))

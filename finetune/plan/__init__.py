@@ -5,7 +5,20 @@ render(plan, console)   the same for a person
 """
 
 from finetune.plan.build import plan
-from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Fit, Memory, Output, Plan
+from finetune.plan.contents import Advice, Arithmetic, Cache, ClassImages, Concept, Fit, Memory, Output, Plan, Way
 from finetune.plan.render import render
 
-__all__ = ["Arithmetic", "Cache", "ClassImages", "Concept", "Fit", "Memory", "Output", "Plan", "plan", "render"]
+__all__ = [
+    "Advice",
+    "Arithmetic",
+    "Cache",
+    "ClassImages",
+    "Concept",
+    "Fit",
+    "Memory",
+    "Output",
+    "Plan",
+    "Way",
+    "plan",
+    "render",
+]

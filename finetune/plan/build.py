@@ -20,7 +20,7 @@ from finetune.config.adapters import (
     new_words,
 )
 from finetune.config.objective import SnrWeighting
-from finetune.config.profiles import filled
+from finetune.config.profiles import capacity, filled
 from finetune.config.schema import ImagesPrior, ModelPrior
 from finetune.config.summary import summary
 from finetune.data import sources
@@ -37,6 +37,7 @@ from finetune.export.read import MODEL
 from finetune.families import load_family, model_folder
 from finetune.families.tokens import check_trigger
 from finetune.family import ExportNames, ModelFamily
+from finetune.plan.advice import advise
 from finetune.plan.contents import Arithmetic, Cache, ClassImages, Concept, Output, Plan
 from finetune.plan.memory import adaptation, estimate
 from finetune.plan.profiles import fits
@@ -45,10 +46,14 @@ from finetune.train.checkpoint import newest
 from finetune.train.run import RunFolder, decisive
 
 
-def plan(recipe: Recipe, processes: int = 1, profiles: bool = False) -> Plan:
+def plan(
+    recipe: Recipe, processes: int = 1, profiles: bool = False, room: int | None = None, file: str = "RECIPE.yaml"
+) -> Plan:
     """What ``recipe`` would do on ``processes`` processes.
 
     Args:
+        room: bytes that a process may take on its GPU; what the recipe's profile says where it is None.
+        file: where the recipe is from, for the command that launches it.
         profiles: say also what it would need with each profile, which takes as long for each.
 
     Raises:
@@ -70,7 +75,9 @@ def plan(recipe: Recipe, processes: int = 1, profiles: bool = False) -> Plan:
     sources.refuse_doubts(recipe.data, batches.doubts)
     class_images = tuple(_class_images(recipe, family, found))
     longest = max(batches.final_captions, key=lambda text: family.prompt_length(text, batches.words))
-    memory = estimate(recipe, family, adapter, processes, longest)
+    memory = estimate(recipe, family, adapter, longest)
+    if room is None and recipe.profile:
+        room = capacity(recipe.profile)
     return Plan(
         summary=summary(recipe),
         model=recipe.model.path,
@@ -86,7 +93,8 @@ def plan(recipe: Recipe, processes: int = 1, profiles: bool = False) -> Plan:
         output=_output(recipe, family.export_names),
         notes=tuple(dict.fromkeys([*batches.notes, *_triggers(family, found), *_notes(recipe)])),
         profile=filled(recipe),
-        fits=tuple(fits(recipe, memory, processes, longest)) if profiles else (),
+        fits=tuple(fits(recipe, memory, longest)) if profiles else (),
+        advice=advise(recipe, family, adapter, memory, processes, room, file),
     )
 
 

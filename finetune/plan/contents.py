@@ -112,6 +112,46 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Way:
+    """What each process of a run would need under a launch profile.
+
+    Attributes:
+        launch: the profile's name.
+        bytes: on the device, when it is most.
+        phase: when that is: "a step", "starting", "encoding", "drawing".
+        host: bytes in the host's memory.
+        sent: bytes in a step.
+        refused: why it cannot be.
+    """
+
+    launch: str
+    bytes: int = 0
+    phase: str = ""
+    host: int = 0
+    sent: int = 0
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """How to launch.
+
+    Attributes:
+        room: bytes that a process may take on its GPU; None where nothing says.
+        ways: simple ones first.
+        launch: which of them to take; None where none fits.
+        command: that does it.
+    """
+
+    processes: int
+    room: int | None
+    ways: tuple[Way, ...]
+    launch: str | None
+    reason: str
+    command: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """Where files will go.
 
@@ -137,6 +177,7 @@ class Plan:
         arithmetic: None where no steps are taken.
         profile: what the recipe's profile has set.
         fits: with each profile; none where they were not asked for.
+        advice: how to launch; None where no steps are taken.
         notes: what a person should know.
     """
 
@@ -155,3 +196,4 @@ class Plan:
     notes: tuple[str, ...]
     profile: dict[str, Any] = field(default_factory=dict)
     fits: tuple[Fit, ...] = ()
+    advice: Advice | None = None

@@ -45,34 +45,30 @@ def adaptation(networks: Mapping[str, int], encoders: Sequence[str]) -> Memory:
     return Memory(parts=parts, formula=formula)
 
 
-def estimate(recipe: Recipe, family: ModelFamily, adapter: Adapter, processes: int = 1, longest: str = "") -> Memory:
-    """Bytes that one process holds at the most: in a step, part by part, and before and after the steps.
+def estimate(recipe: Recipe, family: ModelFamily, adapter: Adapter, longest: str = "") -> Memory:
+    """Bytes that a process holds at the most which has everything whole, alone or under DDP.
+
+    In a step, part by part, and before and after the steps.
 
     Args:
         family: holds skeletons, with what will train attached. They are in ``train()`` afterwards.
         adapter: what trains.
-        processes: more than one keep a second copy of the gradients, to send.
         longest: caption, which all are taken to be as long as.
     """
     train, groups = recipe.train, adapter.groups()
     before = _encoding(recipe, family, longest)
     drawing = _drawing(recipe, family)
-    held = _held(recipe, family)
+    held = networks_held(recipe, family)
     weights = sum(_bytes(family.networks[name]) for name in held)
     swapped, visiting = _swapped(recipe, family)
     trainable = FLOAT * sum(one.numel() for group in groups for one in group.parameters.values())
-    states = sum(
-        train.optimizer.state_bytes(one.shape, name in group.tables)
-        for group in groups
-        for name, one in group.parameters.items()
-    )
+    states = state_bytes(recipe, adapter)
     pictures, peak = _step(recipe, family, longest)
-    gradients = trainable * (2 if processes > 1 else 1)
     parts = {
         "libraries": LIBRARIES,
         "weights": weights - swapped,
         "blocks on their way": visiting,
-        "gradients": gradients,
+        "gradients": trainable,
         f"{train.optimizer.name} states": states,
         "moving average": trainable if train.ema else 0,
         "untouched copy": trainable if trains_base(recipe) and isinstance(recipe.prior, ModelPrior) else 0,
@@ -96,11 +92,20 @@ def estimate(recipe: Recipe, family: ModelFamily, adapter: Adapter, processes: i
     )
 
 
-def _held(recipe: Recipe, family: ModelFamily) -> set[str]:
+def networks_held(recipe: Recipe, family: ModelFamily) -> set[str]:
     """Networks that are in memory while steps are taken: those of the model that are needed, and what a method adds."""
     released = set() if recipe.adapter.trains_text or not recipe.data.cache.text else set(family.text_encoders)
     released |= {"vae"} if recipe.data.cache.latents else set()
     return set(family.networks) - released
+
+
+def state_bytes(recipe: Recipe, adapter: Adapter) -> int:
+    """Bytes that the optimizer remembers of all that trains."""
+    return sum(
+        recipe.train.optimizer.state_bytes(one.shape, name in group.tables)
+        for group in adapter.groups()
+        for name, one in group.parameters.items()
+    )
 
 
 def _swapped(recipe: Recipe, family: ModelFamily) -> tuple[int, int]:

@@ -14,12 +14,12 @@ from finetune.plan.memory import estimate
 from finetune.plan.skeleton import fill
 
 
-def fits(recipe: Recipe, own: Memory, processes: int, longest: str) -> Iterator[Fit]:
+def fits(recipe: Recipe, own: Memory, longest: str) -> Iterator[Fit]:
     """What ``recipe`` would need with every profile that goes with it, the smallest GPU first.
 
     Args:
         own: of the recipe as it is.
-        processes, longest: as in ``finetune.plan.memory.estimate``.
+        longest: as in ``finetune.plan.memory.estimate``.
     """
     for name in profiles():
         other = with_profile(recipe, name)
@@ -29,5 +29,5 @@ def fits(recipe: Recipe, own: Memory, processes: int, longest: str) -> Iterator[
         if name != recipe.profile:
             family = load_family(other.model, other.objective)
             fill(family, model_folder(other.model))
-            found = estimate(other, family, attach(other.adapter, family, other.seed), processes, longest)
+            found = estimate(other, family, attach(other.adapter, family, other.seed), longest)
         yield Fit(profile=name, bytes=found.most, room=capacity(name))

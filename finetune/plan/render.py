@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.plan.contents import Arithmetic, Concept, Fit, Memory, Plan
+from finetune.plan.contents import Advice, Arithmetic, Concept, Fit, Memory, Plan
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -72,6 +72,8 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
         yield "profile", [", ".join(f"{key}: {json.dumps(value)}" for key, value in plan.profile.items())]
     if plan.fits:
         yield "profiles", list(map(_fit, plan.fits))
+    if plan.advice:
+        yield "launch", list(_advice(plan.advice))
     yield "output", [f"{plan.output.folder} ({plan.output.state})", ", ".join(plan.output.files)]
     if plan.notes:
         yield "notes", list(plan.notes)
@@ -99,6 +101,19 @@ def _around(found: Memory) -> Iterator[str]:
 def _fit(found: Fit) -> str:
     verdict = "fits" if found.bytes <= found.room else f"does not fit into {size(found.room)}"
     return f"{found.profile}: about {size(found.bytes)} at the most, {verdict}"
+
+
+def _advice(found: Advice) -> Iterator[str]:
+    yield found.reason
+    if found.command:
+        yield found.command
+    for way in found.ways:
+        if way.refused:
+            yield f"{way.launch}: {way.refused}"
+            continue
+        host = f", {size(way.host)} in the host's memory" if way.host else ""
+        sent = f", {size(way.sent)} sent in a step" if way.sent else ""
+        yield f"{way.launch}: about {size(way.bytes)} per process at the most, in {way.phase}{host}{sent}"
 
 
 def _steps(found: Arithmetic) -> Iterator[str]:

@@ -15,6 +15,7 @@ from finetune.adapter import Adapter, Weights
 from finetune.batch import Batch
 from finetune.config.schema import Recipe
 from finetune.distributed import Processes
+from finetune.engines.pieces import require_plain
 from finetune.errors import Stopped, UserError
 from finetune.randomness import derive
 from finetune.train import checkpoint, optimizers, schedules
@@ -122,7 +123,7 @@ class Trainer:
         optimizer = optimizers.build_optimizer(train.optimizer, self._groups, train.peak_learning_rate)
         require_one_home(networks, self._groups, optimizer)
         if processes.shards_weights:
-            _require_plain(recipe, processes.engine_name)
+            require_plain(recipe, processes.engine_name)
             adapter.share_networks()
         also = ["denoiser"] if processes.shards_weights else []
         self._trainee = Trainee(networks, loss, adapter.penalty, also)
@@ -342,14 +343,3 @@ class Trainer:
 
     def _whole(self, change: bool = False) -> AbstractContextManager[None]:
         return self._engine.whole(list(self._parameters.values()), change)
-
-
-def _require_plain(recipe: Recipe, engine: str) -> None:
-    """Refuse what has its own place for weights that the engine would deal out.
-
-    Raises:
-        UserError: naming the key.
-    """
-    for key in ("quantize", "block_swap"):
-        if getattr(recipe.model, key):
-            raise UserError(f"model.{key} does not work with {engine}, which deals the base out; take zero2 or ddp")

@@ -3,11 +3,13 @@
 ``python faulty_run.py OPTIONS.json``: ``recipe``, of the toy where its ``recipe`` is
 "full", else of a model; ``faults``, each
 ``{"where", "count", "rank", "what", "seconds"}``: at the ``count``-th call of this kind (from 1) on this rank, ``what``
-happens. The moment is written beside the output folder.
+happens. The moment is written beside the output folder; ``joining`` is the timeout until the processes have met.
 """
 
 from __future__ import annotations
 
+import atexit
+import datetime
 import functools
 import importlib
 import json
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 import toy_run
 
-from finetune import sampling
+from finetune import distributed, sampling
 from finetune.config import Recipe
 from finetune.config.command import exit_codes
 from finetune.data.cache import Store, key
@@ -57,6 +59,9 @@ def happen(what: str, seconds: float) -> None:
             time.sleep(seconds)
         case "exit":
             os._exit(7)
+        case "freeze":  # as a machine does, launcher and all
+            os.kill(os.getppid(), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
         case "twice":  # a second signal while the first is being obeyed
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -80,6 +85,7 @@ def prepare_faults(faults: list[dict[str, Any]], marker: Path) -> None:
 
         return called
 
+    atexit.register(lambda: [print(f"{where}: {count} calls", flush=True) for where, count in calls.items()])
     for where, (owner, name) in PLACES.items():
         setattr(owner, name, faulty(where, getattr(owner, name)))
 
@@ -87,6 +93,8 @@ def prepare_faults(faults: list[dict[str, Any]], marker: Path) -> None:
 def main(path: Path) -> None:
     options = json.loads(path.read_text())
     recipe = Recipe.model_validate_json(json.dumps(options["recipe"]))
+    if "joining" in options:
+        distributed.JOINING = datetime.timedelta(seconds=options["joining"])
     prepare_faults(options.get("faults", []), Path(f"{recipe.output}.fault"))
     if recipe.recipe != "full":
         importlib.import_module(f"recipes.{recipe.recipe}").main(recipe)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from finetune.engines.fsdp import _require_cuttable
 from finetune.engines.fsdp_settings import FsdpSettings
-from finetune.engines.fsdp_units import Units, _units
+from finetune.engines.fsdp_units import Units, units_of
 from finetune.errors import UserError
 
 
@@ -61,7 +61,7 @@ def hooks(network: nn.Module) -> dict[str, list[OrderedDict[int, Any]]]:
 def test_units_are_blocks_and_layers_of_lists_but_nothing_inside_a_block() -> None:
     network = Network()
     names = {part: name for name, part in network.named_modules()}
-    found = [names[part] for part in _units(network)]
+    found = [names[part] for part in units_of(network)]
     assert found == ["resnets.0", "transformer_blocks.1", "transformer_blocks.0"], "a dropout has nothing to cut"
 
 
