@@ -114,8 +114,10 @@ def tamper(checkpoint: Path) -> None:
     "name", ["cpu-2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "fsdp2"))]
 )
 def test_a_process_that_fails_ends_all_with_its_traceback(name: str, tmp_path: Path) -> None:
+    """Started by the launcher itself, as a person does."""
     options = toy(tmp_path / "o.json", tmp_path / "run", {"raise_at": [2, 1]}, batch_size=2)
     code, said = launch(profile(name, tmp_path), TOY, options, timeout=60)
+    assert f"2 processes ({ENGINES[name]}, gloo), cpu" in said, said
     assert code != 0 and "RuntimeError: out of coffee" in said and "Traceback" in said
 
 

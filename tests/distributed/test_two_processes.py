@@ -1,4 +1,4 @@
-"""Two real processes on the CPU, started as a person starts them."""
+"""Two real processes on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from launching import PROFILES, TOY, alone, launch, together, toy
 from safetensors.torch import load_file
 
-from finetune.launcher import set_threads, usable_cores
+from finetune.config.schema import TrainConfig
+from finetune.distributed import start
+from finetune.errors import UserError
+from finetune.launcher import _split, set_threads, usable_cores
 
 TWO = ["--config_file", str(PROFILES / "cpu-2.yaml")]
 
@@ -21,7 +24,7 @@ def losses(output: Path) -> list[float]:
 
 
 def test_the_profile_starts_two_that_understand_each_other() -> None:
-    code, said = launch(TWO, Path(__file__).with_name("processes_run.py"))
+    code, said = together(TWO, Path(__file__).with_name("processes_run.py"))
     assert code == 0, said
     assert "2 processes (DDP, gloo), cpu" in said
     threads = max(1, usable_cores() // 2)
@@ -53,10 +56,23 @@ def test_one_bad_picture_stops_both_before_anything_moves(tmp_path: Path) -> Non
     assert len(losses(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_asking_for_two_and_getting_one_is_an_error() -> None:
     code, said = launch(["--cpu", "--num_processes", "2"], Path(__file__).with_name("processes_run.py"))
     assert code != 0
     assert "2 processes asked for, but only 1 started" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--cpu", "--num_processes", "2"], ["--num-processes=2"], ["--cpu", "--config_file", TWO[1]]],
+)
+def test_the_launchers_command_line_says_what_was_asked_for(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the test before, without a launcher: here this process's parent is none."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("finetune.launcher._command_line", lambda _: _split(["accelerate", "launch", *words, "a.py"]))
+    with pytest.raises(UserError, match="2 processes asked for, but only 1 started"):
+        start(TrainConfig())
 
 
 @pytest.mark.parametrize(
