@@ -63,7 +63,7 @@ def refusal(recipe: Recipe, launch: Launch) -> str | None:
 
 
 def _candidates(recipe: Recipe, processes: int) -> list[Launch]:
-    """Of one machine and without a disk of its own, the simplest first. Alone, only what offloads can be of use beside plain training."""
+    """Of one machine, without a disk, the simplest first. Alone, only offloading is of use beside plain training."""
     on_cpu = recipe.train.device == "cpu"
     found = [one for one in launches().values() if one.machines == 1 and not one.disk]
     found = [one for one in found if one.cpu == on_cpu or one.kind not in ("alone", "ddp")]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from finetune.engines.fsdp import units
+from finetune.engines.fsdp_units import units_of
 from finetune.plan.held import held
 from finetune.plan.launches import Launch, launches
 from finetune.plan.published import DENOISERS, denoiser
@@ -36,7 +36,7 @@ def full(network: nn.Module) -> list[Weight]:
 
 def adapter(network: nn.Module) -> list[Weight]:
     """A LoRA on query, key, value and output of every attention; the denoiser is frozen in bfloat16."""
-    homes = {id(part): str(number) for number, unit in enumerate(units(_inside(network))) for part in unit.modules()}
+    homes = {id(part): str(number) for number, unit in enumerate(units_of(_inside(network))) for part in unit.modules()}
     pairs = [
         Weight(shape, FLOAT, "lora", unit=homes.get(id(layer)))
         for name, layer in network.named_modules()
@@ -100,7 +100,7 @@ LORA_STEP = {"SD 1.5": 1.72, "SDXL": 14.19, "SD 3 medium": 19.59, "FLUX.1 dev": 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[tuple[int, ...], str | None]]:
     homes: dict[int, str] = {}
-    for number, unit in enumerate(units(_inside(network))):
+    for number, unit in enumerate(units_of(_inside(network))):
         for parameter in unit.parameters():
             homes.setdefault(id(parameter), str(number))
     yield from ((tuple(one.shape), homes.get(id(one))) for one in network.parameters())
