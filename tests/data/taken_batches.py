@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,6 @@ PRIOR: dict[str, Any] = {"kind": "images", "count": 6, "batch_size": 3, "sampler
 
 
 NOT_CACHED: dict[str, Any] = {"cache": {"latents": False, "text": False}}
-
-
-@dataclass(frozen=True)
-class Rank:
-    """One of several processes of a machine, for whom nobody waits."""
-
-    rank: int
-    world: int
-
-    @property
-    def local_rank(self) -> int:
-        return self.rank
-
-    @property
-    def local_world(self) -> int:
-        return self.world
-
-    def barrier(self) -> None:
-        pass
 
 
 def steps(batches: Batches, first: int, count: int) -> list[list[Batch]]:

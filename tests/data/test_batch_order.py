@@ -7,7 +7,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from taken_batches import PRIOR, Folder, Make, Rank, equal, steps
+from ranks import ranks
+from taken_batches import PRIOR, Folder, Make, equal, steps
 
 from finetune.data import prepare
 
@@ -20,10 +21,10 @@ def test_one_two_and_four_processes_take_the_same_steps(
     for world, batch, accumulation in ((1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)):
         train = {"batch_size": batch, "gradient_accumulation_steps": accumulation}
         recipe = make_recipe(photos, train=train, prior=prior, data={"flip": True, "caption_dropout": 0.2})
-        ranks = [prepare(recipe, fake(), Rank(rank, world)) for rank in range(world)]
+        shares = [prepare(recipe, fake(), processes) for processes in ranks(world)]
         samples = []
         for step in range(6):
-            parts = [part for rank in ranks for part in steps(rank, step, 1)[0]]
+            parts = [part for share in shares for part in steps(share, step, 1)[0]]
             rows = [row for part in parts for row in zip(part.draws, part.ids, part.captions, strict=True)]
             samples.append(sorted(rows))
         taken.append(samples)
@@ -73,10 +74,10 @@ def test_balanced_counts_are_exact_over_an_epoch_for_any_number_of_processes(
 ) -> None:
     recipe = make_recipe(folder(2), folder(6, "more"), data={"balance": True}, prior=prior)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 12 // world})})
-    ranks = [prepare(recipe, fake(), Rank(rank, world)) for rank in range(world)]
-    assert ranks[0].describe()["draws_per_epoch"] == 12
+    shares = [prepare(recipe, fake(), processes) for processes in ranks(world)]
+    assert shares[0].describe()["draws_per_epoch"] == 12
     epochs = 4 if prior.get("layout") == "mixed" else 2  # half of a mixed step are class pictures
-    drawn = Counter(name for rank in ranks for step in steps(rank, 0, epochs) for name in step[0].ids)
+    drawn = Counter(name for share in shares for step in steps(share, 0, epochs) for name in step[0].ids)
     own = {name: count for name, count in drawn.items() if not name.startswith("class")}
     assert own == {f"0/{index}.png": 6 for index in range(2)} | {f"1/{index}.png": 2 for index in range(6)}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from taken_batches import Rank
+from ranks import ranks
 from torch import Tensor
 
 from finetune.batch import Batch, Conditioning, Posterior
@@ -139,9 +139,9 @@ def test_the_cache_holds_each_shape_and_its_mirror(make_recipe: Make, shapes: Pa
 def test_one_process_and_two_draw_the_same(make_recipe: Make, shapes: Path, fake: Any) -> None:
     whole = prepare(make_recipe(shapes, data=BUCKETS, train={"batch_size": 4}), fake())
     half = make_recipe(shapes, data=BUCKETS, train={"batch_size": 2})
-    ranks = [prepare(half, fake(), Rank(rank, 2)) for rank in range(2)]
+    halves = [prepare(half, fake(), processes) for processes in ranks(2)]
     for step in range(12):
-        both = [name for rank in ranks for name in rank.batch(step).ids]
+        both = [name for prepared in halves for name in prepared.batch(step).ids]
         assert sorted(both) == sorted(whole.batch(step).ids)
 
 

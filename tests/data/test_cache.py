@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from taken_batches import Rank
+from ranks import Rank, at_once
 from torch import Tensor
 
 from finetune.data import cache
@@ -149,37 +148,15 @@ def test_keys_tell_values_and_kinds_apart() -> None:
     assert len(set(names)) == len(names)
 
 
-class Machine(Rank):
-    """One of several processes, played by a thread: two to a machine."""
-
-    def __init__(self, rank: int, world: int, gate: threading.Barrier) -> None:
-        super().__init__(rank, world)
-        object.__setattr__(self, "gate", gate)
-
-    @property
-    def local_rank(self) -> int:
-        return self.rank % 2
-
-    @property
-    def local_world(self) -> int:
-        return 2
-
-    def barrier(self) -> None:
-        self.gate.wait(20)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("shared_disk", [True, False])
 def test_processes_share_the_work_of_what_they_can_see(tmp_path: Path, shared_disk: bool) -> None:
     """Of one disk each entry is made once; of two machines with a disk each, once on each."""
-    gate = threading.Barrier(4)
     stores = [Store(tmp_path / ("all" if shared_disk else f"machine {rank // 2}")) for rank in range(4)]
-    threads = [
-        threading.Thread(target=stores[rank].fill, args=(wanted(), Machine(rank, 4, gate), "")) for rank in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+    def fill(processes: Rank) -> None:
+        stores[processes.rank].fill(wanted(), processes, "")
+
+    at_once(fill, world=4, per_machine=2)
     assert [store.counts.made for store in stores] == ([10] * 4 if shared_disk else [20] * 4)
     assert all(name in store for store in stores for name in NAMES)
     assert all(all_there(folder) for folder in tmp_path.iterdir())

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from taken_batches import Make, Rank, equal, steps
+from ranks import ranks
+from taken_batches import Make, equal, steps
 
 from finetune.batch import Batch
 from finetune.config.crop import CropConfig
@@ -134,11 +135,11 @@ def test_order_and_number_of_processes_stay_as_they_were(make_recipe: Make, phot
     center = prepare(make_recipe(photos, data={"buckets": {"step": 4}}, train=train), fake())
     whole = prepare(make_recipe(photos, data=data, train=train), fake())
     half = make_recipe(photos, data=data, train={"batch_size": 2})
-    ranks = [prepare(half, fake(), Rank(rank, 2)) for rank in range(2)]
+    halves = [prepare(half, fake(), processes) for processes in ranks(2)]
     for step in range(10):
         (one,) = steps(whole, step, 1)[0]
         assert one.ids == center.batch(step).ids and one.sizes == center.batch(step).sizes
-        both = [(name, *row) for rank in ranks for name, row in _placed(rank.batch(step))]
+        both = [(name, *row) for prepared in halves for name, row in _placed(prepared.batch(step))]
         assert sorted(both) == sorted((name, *row) for name, row in _placed(one))
 
 

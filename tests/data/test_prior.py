@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from ranks import at_once
 
 from finetune import files
 from finetune.config.schema import NoPrior, Recipe
@@ -167,30 +167,13 @@ def test_an_interrupted_drawing_leaves_no_half_file_and_is_continued(
     assert contents(draw(recipe, fake())) == whole
 
 
-class Rank:
-    """One of two processes, played by a thread."""
-
-    world = local_world = 2
-
-    def __init__(self, rank: int, gate: threading.Barrier) -> None:
-        self.rank = self.local_rank = rank
-        self.gate = gate
-
-    def barrier(self) -> None:
-        self.gate.wait(20)
-
-
 def test_two_processes_share_the_work_and_agree_with_one(recipe: Recipe, fake: Any, tmp_path: Path) -> None:
     alone = contents(draw(recipe, fake()))
     folder = drawn_for(recipe, recipe.prior, fake(), "a star").folder  # type: ignore[arg-type]
     for path in folder.iterdir():
         path.unlink()
-    gate, families = threading.Barrier(2), [fake(), fake()]
-    threads = [threading.Thread(target=draw, args=(recipe, families[rank], Rank(rank, gate))) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    families = [fake(), fake()]
+    at_once(lambda processes: draw(recipe, families[processes.rank], processes), world=2)
     assert [family.drawn for family in families] == [[3, 3], [3]]
     assert contents(folder) == alone
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
+from ranks import at_once
 from typer.testing import CliRunner
 
 from data_tools.class_images import fill, folders, read_prompts
@@ -117,31 +117,13 @@ def test_what_was_interrupted_keeps_its_settings(
     assert len(json.loads((tmp_path / "a" / "manifest.json").read_text())["files"]) == 3
 
 
-class Rank:
-    """One of two processes, played by a thread."""
-
-    world = 2
-
-    def __init__(self, rank: int, gate: threading.Barrier) -> None:
-        self.rank, self.gate = rank, gate
-
-    def barrier(self) -> None:
-        self.gate.wait(20)
-
-
 def test_processes_share_the_work(tiny_sd: Path, tiny_family: ModelFamily, tmp_path: Path) -> None:
     fill({tmp_path / "alone": "a star"}, tiny_family, DRAWING, Alone())
-    gate, wanted = threading.Barrier(2), {tmp_path / "both": "a star"}
+    wanted = {tmp_path / "both": "a star"}
     families = [load_family(ModelConfig(path=str(tiny_sd))) for _ in range(2)]
     for family in families:
         family.require("denoiser", "vae", "text_encoder")  # transformers loads in one thread at a time alone
-    threads = [
-        threading.Thread(target=fill, args=(wanted, families[rank], DRAWING, Rank(rank, gate))) for rank in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(lambda processes: fill(wanted, families[processes.rank], DRAWING, processes), world=2)
     assert contents(tmp_path / "both") == contents(tmp_path / "alone")
 
 
