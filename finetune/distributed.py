@@ -163,6 +163,13 @@ class Processes:
         return f"DeepSpeed ZeRO-{self._zero_stage}" if self._zero_stage else "DDP"
 
     @property
+    def loading_device(self) -> torch.device:
+        """Where networks are put that train: the host under FSDP2, which moves one block after the other from there and
+        keeps its piece. So a network may be larger than any device.
+        """
+        return torch.device("cpu") if self._fsdp else self.device
+
+    @property
     def shards_weights(self) -> bool:
         """Whether the engine will give each process only a piece of every weight."""
         return self._zero_stage == 3 or self._fsdp is not None

@@ -35,7 +35,7 @@ def main(recipe: Recipe) -> None:
     batches = prepare(recipe, family, processes)
 
     # What is trained. The rest of the model stays frozen.
-    adapter = attach(recipe.adapter, family, recipe.seed)
+    adapter = attach(recipe.adapter, family, recipe.seed, processes.loading_device)
     if recipe.train.gradient_checkpointing:
         family.enable_gradient_checkpointing()
 

@@ -34,7 +34,7 @@ def main(recipe: Recipe) -> None:
     check_run(recipe, processes)
     family = load_family(recipe.model, recipe.objective, processes.device)
     batches = prepare(recipe, family, processes)
-    adapter = attach(recipe.adapter, family, recipe.seed)
+    adapter = attach(recipe.adapter, family, recipe.seed, processes.loading_device)
     if recipe.train.gradient_checkpointing:
         family.enable_gradient_checkpointing()
 

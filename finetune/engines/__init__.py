@@ -118,7 +118,7 @@ def put(optimizer: Optimizer, memories: Memories) -> None:
     for parameter, memory in memories.items():
         for what, value in memory.items():
             device = count_device(homes[parameter], parameter) if what == "step" else parameter.device
-            optimizer.state[parameter][what] = value.to(device) if isinstance(value, Tensor) else value
+            optimizer.state[parameter][what] = value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def count_device(group: Mapping[str, Any], parameter: Tensor) -> torch.device:

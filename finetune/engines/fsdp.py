@@ -29,8 +29,8 @@ class Fsdp2:
     """An ``Engine`` under FSDP2.
 
     Args:
-        trainee, optimizer: wrapped once. What the loss reads outside of the modules that hold it lies outside of
-            blocks.
+        trainee, optimizer: wrapped once. Wherever weights lie, one unit after the other is moved to the device and cut.
+            What the loss reads outside of the modules that hold it lies outside of blocks.
         autocast: of the forward pass, None for float32.
 
     Raises:
@@ -160,10 +160,13 @@ class Fsdp2:
             yield
 
     def release(self) -> None:
-        """Leave all weights whole on every process, in modules that know nothing of FSDP."""
-        self._fill([parameter for parameter in self._homes if parameter not in self._whole])
+        """Leave all weights whole in every process, on the host, as devices may be too small for that. The modules know
+        nothing of FSDP any more.
+        """
+        self._fill([parameter for parameter in self._homes if parameter not in self._whole], torch.device("cpu"))
         self._units.undo()
         self._sharded.clear()
+        self._trainee.to("cpu")  # the little that was not dealt out
 
     def memory(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         """Collect what each process remembers of ``parameter``."""
@@ -178,8 +181,7 @@ class Fsdp2:
         for parameter, memory in memories.items():
             piece, sharded = self._pieces[parameter], self._sharded[parameter]
             cut[piece] = {
-                what: self._mine(piece, value).clone() if _like(value, sharded) else value
-                for what, value in memory.items()
+                what: self._mine(piece, value) if _like(value, sharded) else value for what, value in memory.items()
             }
         put(self._plain, cut)
 
@@ -192,10 +194,11 @@ class Fsdp2:
         return
 
     @torch.no_grad()
-    def _fill(self, parameters: Sequence[nn.Parameter]) -> None:
+    def _fill(self, parameters: Sequence[nn.Parameter], device: torch.device | None = None) -> None:
         self._units.reshard()
         for parameter in parameters:
-            parameter.data = self._gathered(self._piece(parameter), self._sharded[parameter].shape[0])
+            whole = self._gathered(self._piece(parameter), self._sharded[parameter].shape[0])
+            parameter.data = whole.to(device or self._device)
             self._place(parameter, parameter)
         self._whole |= set(parameters)
 

@@ -27,6 +27,8 @@ class Units:
         world = torch.distributed.get_world_size()
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
         scalars = {one for one in trainee.parameters() if one.ndim == 0 and not one.requires_grad}
+        for one in scalars:  # all else is moved by fully_shard
+            one.data = one.data.to(device)
         mesh = init_device_mesh(device.type, (world,))
         self._kinds: dict[Any, type[nn.Module]] = {}
         for unit in [*units_of(trainee), trainee]:

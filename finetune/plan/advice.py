@@ -88,13 +88,16 @@ def _way(recipe: Recipe, launch: Launch, weights: Sequence[Weight], memory: Memo
     passes = Passes(3 if own else 1, 2 if own else 1, accumulation)
     phases = {"a step": memory.total - whole.device + mine.device, **memory.phases}
     pieces = mine.frozen + mine.trained if launch.deals_weights else 0
-    if launch.deals_weights:  # networks are loaded whole, and then cut
-        phases["starting"] = LIBRARIES + whole.frozen + whole.trained + (pieces if launch.kind == "fsdp2" else 0)
+    weighing = whole.frozen + whole.trained
+    if launch.kind == "zero3":  # networks are loaded whole, and then cut
+        phases["starting"] = LIBRARIES + weighing
     if "drawing" in phases and recipe.samples.every:
         phases["drawing"] += mine.optimizer + mine.copies + pieces - states
     phase = max(phases, key=lambda name: phases[name])
     sent = traffic(weights, launch, processes, passes).sent(processes)
-    return Way(launch=launch.name, bytes=phases[phase], phase=phase, host=memory.host + mine.on_host, sent=sent)
+    loading = weighing if launch.kind == "fsdp2" else 0  # FSDP2 cuts them there, and puts them together at the end
+    host = memory.host + max(mine.on_host, loading)
+    return Way(launch=launch.name, bytes=phases[phase], phase=phase, host=host, sent=sent)
 
 
 def _advice(ways: Sequence[Way], trained: int, processes: int, room: int | None, file: str) -> Advice:

@@ -52,7 +52,7 @@ class Ema:
     def keep(self) -> None:
         """Leave the average in the networks: what the end of a run exports."""
         for name, parameter in self._parameters.items():
-            parameter.data = self._average[name].to(parameter.dtype, copy=True)
+            parameter.data = self._average[name].to(parameter.device, parameter.dtype, copy=True)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by canonical name."""

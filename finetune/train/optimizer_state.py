@@ -75,7 +75,7 @@ def load_state_by_name(
         if what.endswith(_NUMBER):
             place[what.removesuffix(_NUMBER)] = value.item()
         else:
-            place[what] = value.to(device, copy=True)
+            place[what] = value if owner in parameters else value.to(device, copy=True)
     (remember or partial(put, optimizer))(memories)
 
 

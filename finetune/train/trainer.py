@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,15 @@ from finetune.train import checkpoint, optimizers, schedules
 from finetune.train.checkpoint import Snapshot
 from finetune.train.ema import Ema
 from finetune.train.fitting import require_fitting, samples_per_step
+from finetune.train.gathering import gather_weights, memory_of, scatter_weights
 from finetune.train.guards import GradientWatch, NormGuard, require_finite_losses, require_one_home
 from finetune.train.log import Log, peak_memory
 from finetune.train.optimizer_state import load_state_by_name, state_by_name
 from finetune.train.run import fingerprint, open_run, versions
 from finetune.train.signals import Signals
+from finetune.train.trainee import Losses, Trainee, place
 
 _PATIENCE = 50  # float16 updates in a row whose gradients may overflow while the loss scale comes down
-
-
-class Losses(Protocol):
-    """A ``NamedTuple`` of scalars: ``total`` is made small, the other fields are logged."""
-
-    @property
-    def total(self) -> Tensor:
-        """What is differentiated."""
-        ...
-
-    def _asdict(self) -> dict[str, Any]: ...
 
 
 class Batches(Protocol):
@@ -48,39 +39,6 @@ class Batches(Protocol):
     def from_step(self, step: int) -> Iterator[Batch]:
         """Batches from optimizer step ``step`` on, ``gradient_accumulation_steps`` of them a step."""
         ...
-
-
-class Trainee(nn.Module):
-    """The single module that is wrapped for several processes.
-
-    DDP, FSDP and ZeRO work by intercepting one module's ``forward``. So all weights that receive gradients live in
-    this module, and the whole loss is computed inside its ``forward``. Networks that train are put into ``train()``.
-
-    Args:
-        also: frozen networks that belong to it, where weights are dealt out to the processes.
-    """
-
-    def __init__(
-        self,
-        networks: nn.ModuleDict,
-        loss: Callable[[Batch], Tensor | Losses],
-        penalty: Callable[[], Tensor | None] = lambda: None,
-        also: Sequence[str] = (),
-    ) -> None:
-        super().__init__()
-        trained = {name: part for name, part in networks.items() if any(p.requires_grad for p in part.parameters())}
-        for network in trained.values():
-            network.train()
-        self.networks = nn.ModuleDict(trained | {name: networks[name] for name in also if name in networks})
-        self._loss, self._penalty = loss, penalty
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The loss under "total" and its parts under their names, float32 scalars."""
-        loss = self._loss(batch)
-        parts = {"total": loss} if isinstance(loss, Tensor) else loss._asdict()
-        if (penalty := self._penalty()) is not None:
-            parts |= {"total": parts["total"] + penalty, "penalty": penalty}
-        return {name: value.float() for name, value in parts.items()}
 
 
 class Trainer:
@@ -93,7 +51,8 @@ class Trainer:
 
     Args:
         recipe: ``output``, ``seed``, ``train`` and ``checkpoint`` are read.
-        networks: a family's; moved to the device. Those that hold trained weights go to ``train()``.
+        networks: a family's; moved to the device, but for those that the engine moves itself. Those that hold trained
+            weights go to ``train()``.
         adapter: what is trained.
         loss: maps a batch to a scalar, or to a ``NamedTuple`` of scalars with a ``total``, through ``networks``.
 
@@ -113,7 +72,6 @@ class Trainer:
         self.recipe, self.processes, self.adapter = recipe, processes, adapter
         self.folder = open_run(recipe, processes)
         self.step = 0
-        networks.to(processes.device)
         self._groups = adapter.groups()
         self._parameters = {name: value for group in self._groups for name, value in group.parameters.items()}
         for parameter in self._parameters.values():
@@ -127,6 +85,7 @@ class Trainer:
             adapter.share_networks()
         also = ["denoiser"] if processes.shards_weights else []
         self._trainee = Trainee(networks, loss, adapter.penalty, also)
+        place(networks, self._trainee, processes.device, processes.loading_device)
         outside = list(self._parameters.values()) if type(adapter).penalty is not Adapter.penalty else []
         self._engine = processes.engine(self._trainee, optimizer, adapter.phased, outside)
         if train.ema and optimizers.averages(optimizer):
@@ -310,16 +269,15 @@ class Trainer:
             "pictures": self._pictures,
             "versions": versions(),
         }
-        average = self._ema.state() if self._ema else {}
-        memory = state_by_name(self._engine.optimizer, self._groups, self._engine.memory)
-        with self._whole():
-            trained = {name: value.detach() for name, value in self._parameters.items()}
-            saved = Snapshot(self.step, trained, average, memory, facts)
-            keep = self.recipe.checkpoint.keep
-            self.processes.on_main(
-                lambda: checkpoint.save(self.folder.checkpoints, saved, keep),
-                f"writing the checkpoint of step {self.step}",
-            )
+        average, main = self._ema.state() if self._ema else {}, self.processes.is_main
+        memory = state_by_name(self._engine.optimizer, self._groups, memory_of(self._engine, main))
+        trained = gather_weights(self._engine, self._parameters, main)
+        saved = Snapshot(self.step, trained, average, memory, facts)
+        keep = self.recipe.checkpoint.keep
+        self.processes.on_main(
+            lambda: checkpoint.save(self.folder.checkpoints, saved, keep),
+            f"writing the checkpoint of step {self.step}",
+        )
 
     def _resume(self) -> None:
         if not self.recipe.checkpoint.resume:
@@ -330,9 +288,7 @@ class Trainer:
         saved = checkpoint.load(path)
         world, run = self.processes.world, self.folder.path
         require_fitting(saved, self.recipe.train, world, self._shapes, self._pictures, run)
-        with self._whole(change=True), torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(saved.trained[name])
+        scatter_weights(self._engine, self._parameters, saved.trained)
         load_state_by_name(self._engine.optimizer, self._groups, saved.optimizer, self._engine.remember)
         self._engine.load_scaler_state(saved.facts["scaler"])
         if self._ema:
