@@ -37,7 +37,7 @@ import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed import distributed_c10d as c10d
 
-from finetune.errors import Stopped
+from finetune.errors import Stopped, UserError
 
 FOREVER = datetime.timedelta(days=365)
 """The timeout of collectives."""
@@ -275,12 +275,25 @@ def join(rank: int, world: int, local: range) -> Watch:
 
     Args:
         local: the ranks of this process's launcher.
+
+    Raises:
+        UserError: FINETUNE_SILENCE is no number of seconds.
     """
-    silence = float(os.environ.get("FINETUNE_SILENCE", SILENCE))
+    silence = _silence(os.environ.get("FINETUNE_SILENCE", f"{SILENCE}"))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = datetime.timedelta(seconds=silence)
     plain = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
     return Watch(rank, world, c10d.PrefixStore(f"finetune/{_attempt()}", plain), silence, local)
+
+
+def _silence(said: str) -> float:
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not 2 * BEAT <= seconds < threading.TIMEOUT_MAX:
+        raise UserError(f"FINETUNE_SILENCE is {said!r}: write the seconds that a process may be silent, such as 300")
+    return seconds
 
 
 def _attempt() -> str:

@@ -222,3 +222,13 @@ def test_a_line_says_who_waits_for_whom_and_what_that_one_does() -> None:
     )
     assert who_waits(states, [90.0, 59.0, 59.0]) == "", "none has waited for a minute"
     assert who_waits([busy, busy], [90.0, 90.0]) == "", "a long step is nobody's wait"
+
+
+@pytest.mark.parametrize("said", ["five", "", "0", "-3", "nan", "inf", "1e12"])
+def test_a_silence_that_is_no_time_is_refused(said: str) -> None:
+    with pytest.raises(UserError, match=f"FINETUNE_SILENCE is '{said}'"):
+        waiting._silence(said)
+
+
+def test_a_silence_is_so_many_seconds() -> None:
+    assert waiting._silence("60") == 60.0
