@@ -178,6 +178,6 @@ def test_one_that_is_slow_in_drawing_is_waited_for(world: int, hunted: Hunt, tmp
     code, said = dreambooth(hunted, tmp_path, "cpu-2", world, *faults)
     assert code == 0, said
     assert re.search(r"rank 0.* waited \d+ s \(barrier\) for process 1 \(Drawing.*class images", said), said
-    assert re.search(r"rank 1.* waited \d+ s \(gather_object\) for process 0 \(drawing picture 1 of", said), said
-    images = [path.read_bytes() for path in tmp_path.glob("run/**/class*/**/*.png")]
+    assert re.search(r"rank \d.* waited \d+ s \(gather_object\) for process 0 \(drawing picture 1 of", said), said
+    images = [path.read_bytes() for path in tmp_path.glob("cache/class-images/*/*.png")]
     assert len(images) == len(set(images)) == 6
