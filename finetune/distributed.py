@@ -10,6 +10,7 @@ import atexit
 import datetime
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -31,6 +32,9 @@ from finetune.errors import GuardError, Stopped, UserError
 from finetune.launcher import asked_processes, local_world, set_threads
 
 T = TypeVar("T")
+
+_OLD_NAMES = r"`(broadcast_buffers|torch\.distributed\.(all_gather_into|reduce_scatter)_tensor)` is deprecated"
+"""Accelerate, DeepSpeed and FSDP2 call torch by them; said by each process, again and again."""
 
 JOINING = datetime.timedelta(minutes=10)  # in which all must have come; later nobody's patience ends (``waiting``)
 
@@ -241,6 +245,7 @@ def start(train: TrainConfig | None = None) -> Processes:
     if train.mixed_precision == "fp16" and on_cpu:
         raise UserError("train.mixed_precision is 'fp16', which needs a GPU; on a CPU use 'no' or 'bf16'")
     _forget_earlier_runs()
+    warnings.filterwarnings("ignore", _OLD_NAMES, FutureWarning)
     plugin = zero_settings.plugin(train, on_cpu) if zero_settings.asked() else None
     fsdp = fsdp_settings.settings(train) if fsdp_settings.asked() else None
     handlers = []

@@ -119,6 +119,7 @@ def test_a_process_that_fails_ends_all_with_its_traceback(name: str, tmp_path: P
     code, said = launch(profile(name, tmp_path), TOY, options, timeout=60)
     assert f"2 processes ({ENGINES[name]}, gloo), cpu" in said, said
     assert code != 0 and "RuntimeError: out of coffee" in said and "Traceback" in said
+    assert "FutureWarning" not in said, "of a library's, in every run"
 
 
 def test_every_profile_is_one_that_accelerate_and_deepspeed_read() -> None:
