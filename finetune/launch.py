@@ -64,6 +64,7 @@ def launch(arguments: Sequence[str]) -> int:
     options = launch_command_parser().parse_args(list(arguments))
     elastic.LocalElasticAgent = Agent  # type: ignore[attr-defined]
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(_PASSED_ON))  # torchrun's way of saying --signals-to-handle
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun has it, which would say so; processes choose their own
     if options.max_restarts:
         _prepare_restarts(options)
     for name in _PASSED_ON:
