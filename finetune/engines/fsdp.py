@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from finetune.engines import Memories, Reached, put
 from finetune.engines.fsdp_settings import FsdpSettings
 from finetune.engines.fsdp_units import Units
+from finetune.engines.pieces import clip_pieces
 from finetune.errors import UserError
 
 
@@ -120,18 +121,7 @@ class Fsdp2:
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float, max_value: float | None = None) -> Tensor:
         """Clip what each process has of the gradients, by the norm of all of them."""
         gradients = [piece.grad for piece in self._pieces.values() if piece.grad is not None]
-        total = torch.zeros((), device=self._device)
-        for gradient in gradients:
-            total += gradient.square().sum().to(self._device)
-        torch.distributed.all_reduce(total)
-        norm = total.sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
-        for gradient in gradients:
-            if max_value is None:
-                gradient.mul_(scale.to(gradient.device))
-            else:
-                gradient.clamp_(-max_value, max_value)
-        return norm
+        return clip_pieces(gradients, self._device, max_norm, max_value)
 
     def step(self) -> None:
         """Move the pieces and forget the gradients."""

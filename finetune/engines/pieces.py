@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from finetune.config.memory import trains_base
 from finetune.config.schema import ModelPrior, Recipe, TrainConfig
 from finetune.errors import UserError
 
 ELEMENTWISE = ("adamw", "lion", "sgd")
 """Optimizers that treat every number for itself, and so do not mind where a weight is cut."""
+
+
+def clip_pieces(
+    pieces: Sequence[Tensor], device: torch.device, max_norm: float, max_value: float | None = None
+) -> Tensor:
+    """Clip gradients, of which every number is on one process alone, and return the norm of all of them before.
+
+    All processes must call, each with what it has.
+
+    Args:
+        pieces: changed in place, wherever they lie.
+        device: where processes can exchange numbers.
+        max_value: cuts each number to this size instead.
+    """
+    total = torch.zeros((), device=device)
+    for piece in pieces:
+        total += piece.square().sum().to(device)
+    torch.distributed.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+    for piece in pieces:
+        if max_value is None:
+            piece.mul_(scale.to(piece.device))
+        else:
+            piece.clamp_(-max_value, max_value)
+    return norm
 
 
 def require_divisible(train: TrainConfig, engine: str) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from finetune.engines import Memories, Reached, count_device
+from finetune.engines.pieces import clip_pieces
 from finetune.errors import GuardError, UserError
 
 
@@ -119,18 +120,7 @@ class Zero:
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float, max_value: float | None = None) -> Tensor:
         """Clip what each process has of the gradients, by the norm of all of them."""
         pieces = [piece for _, group in self._gradients() for piece in group]
-        total = torch.zeros((), device=self._engine.device)
-        for piece in pieces:
-            total += piece.square().sum().to(total.device)
-        torch.distributed.all_reduce(total)  # every number of a gradient is on one process
-        norm = total.sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
-        for piece in pieces:
-            if max_value is None:
-                piece.mul_(scale.to(piece.device))
-            else:
-                piece.clamp_(-max_value, max_value)
-        return norm
+        return clip_pieces(pieces, self._engine.device, max_norm, max_value)
 
     def step(self) -> None:
         """Move the weights.
