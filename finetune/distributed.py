@@ -168,10 +168,10 @@ class Processes:
 
     @property
     def loading_device(self) -> torch.device:
-        """Where networks are put that train: the host under FSDP2, which moves one block after the other from there and
-        keeps its piece. So a network may be larger than any device.
+        """Where networks are put that train: the host, where the engine cuts weights. It moves one after the other from
+        there and keeps its piece, so that a network may be larger than any device.
         """
-        return torch.device("cpu") if self._fsdp else self.device
+        return torch.device("cpu") if self.shards_weights else self.device
 
     @property
     def shards_weights(self) -> bool:

@@ -150,9 +150,7 @@ class Fsdp2:
             yield
 
     def release(self) -> None:
-        """Leave all weights whole in every process, on the host, as devices may be too small for that. The modules know
-        nothing of FSDP any more.
-        """
+        """Leave all weights whole in every process: on the host, which may be larger. The modules forget FSDP."""
         self._fill([parameter for parameter in self._homes if parameter not in self._whole], torch.device("cpu"))
         self._units.undo()
         self._sharded.clear()

@@ -59,6 +59,8 @@ class Zero:
         if autocast is not None:  # inside the engine, which switches off what is around it
             trainee.forward = torch.autocast(accelerator.device.type, autocast)(trainee.forward)  # type: ignore[method-assign]
         self._trainee = trainee
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            _cut(trainee, accelerator)
         self._engine, _ = accelerator.prepare(trainee, optimizer)
         if type(self._engine) is not deepspeed.DeepSpeedEngine:
             raise GuardError(f"DeepSpeed was asked for, accelerate has made a {type(self._engine).__name__}")
@@ -166,14 +168,16 @@ class Zero:
             yield
 
     def release(self) -> None:
-        """Take DeepSpeed's hooks off and leave all weights whole on every process."""
+        """Take the hooks off and leave what was cut whole in every process: on the host, which may be larger."""
         if not self.sharded:
             return
         self._zero.parameter_offload.destroy()  # its hooks, which gather weights and deal them out again
         for parameter in self._trainee.parameters():
             with self._gathered([parameter]):
-                whole = parameter.detach().clone()
+                whole = parameter.detach().to("cpu", copy=True)
             parameter.data = whole
+        for buffer in self._trainee.buffers():
+            buffer.data = buffer.data.cpu()
 
     def memory(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         """Collect what each process remembers of ``parameter``."""
@@ -290,3 +294,19 @@ class Zero:
         elif (here := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
             ours, theirs = here.lp_fragment_address, here.hp_fragment_address
             flat.narrow(0, theirs.start, theirs.numel).copy_(values.narrow(0, ours.start, ours.numel))
+
+
+def _cut(trainee: nn.Module, accelerator: Accelerator) -> None:
+    """Move one parameter after the other to the device and cut it; ``deepspeed.initialize`` would move all first."""
+    import deepspeed
+
+    settings = _decided(accelerator.state.deepspeed_plugin.deepspeed_config)
+    deepspeed.zero.Init(module=trainee, config_dict_or_path=settings)
+    for buffer in trainee.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+
+
+def _decided(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` without what accelerate has still to decide."""
+    kept = {key: _decided(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    return {key: value for key, value in kept.items() if value != "auto"}

@@ -16,7 +16,7 @@ from finetune.plan.contents import Advice, Memory, Way
 from finetune.plan.held import held
 from finetune.plan.inventory import inventory
 from finetune.plan.launches import NAMES, Kind, Launch, launches
-from finetune.plan.memory import LIBRARIES, networks_held, state_bytes
+from finetune.plan.memory import networks_held, state_bytes
 from finetune.plan.render import count, size
 from finetune.plan.traffic import Passes, traffic
 from finetune.plan.weights import Weight, bytes_of, trains
@@ -88,14 +88,11 @@ def _way(recipe: Recipe, launch: Launch, weights: Sequence[Weight], memory: Memo
     passes = Passes(3 if own else 1, 2 if own else 1, accumulation)
     phases = {"a step": memory.total - whole.device + mine.device, **memory.phases}
     pieces = mine.frozen + mine.trained if launch.deals_weights else 0
-    weighing = whole.frozen + whole.trained
-    if launch.kind == "zero3":  # networks are loaded whole, and then cut
-        phases["starting"] = LIBRARIES + weighing
     if "drawing" in phases and recipe.samples.every:
         phases["drawing"] += mine.optimizer + mine.copies + pieces - states
     phase = max(phases, key=lambda name: phases[name])
     sent = traffic(weights, launch, processes, passes).sent(processes)
-    loading = weighing if launch.kind == "fsdp2" else 0  # FSDP2 cuts them there, and puts them together at the end
+    loading = whole.frozen + whole.trained if launch.deals_weights else 0  # cut there, and put together at the end
     host = memory.host + max(mine.on_host, loading)
     return Way(launch=launch.name, bytes=phases[phase], phase=phase, host=host, sent=sent)
 

@@ -118,7 +118,7 @@ class Way:
     Attributes:
         launch: the profile's name.
         bytes: on the device, when it is most.
-        phase: when that is: "a step", "starting", "encoding", "drawing".
+        phase: when that is: "a step", "encoding", "drawing".
         host: bytes in the host's memory.
         sent: bytes in a step.
         refused: why it cannot be.

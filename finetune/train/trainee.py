@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -55,8 +55,8 @@ class Trainee(nn.Module):
         return {name: value.float() for name, value in parts.items()}
 
 
-def place(networks: nn.ModuleDict, trainee: Trainee, device: torch.device, loading_device: torch.device) -> None:
-    """Move ``networks`` to the device, but for those of the ``trainee`` that were loaded elsewhere: the engine does."""
+def place(networks: nn.ModuleDict, device: torch.device, but: Container[str] = ()) -> None:
+    """Move ``networks`` to the device, ``but`` not those that the engine moves itself."""
     for name, network in networks.items():
-        if device == loading_device or name not in trainee.networks:
+        if name not in but:
             network.to(device)

@@ -85,7 +85,7 @@ class Trainer:
             adapter.share_networks()
         also = ["denoiser"] if processes.shards_weights else []
         self._trainee = Trainee(networks, loss, adapter.penalty, also)
-        place(networks, self._trainee, processes.device, processes.loading_device)
+        place(networks, processes.device, but=set(self._trainee.networks) if processes.shards_weights else ())
         outside = list(self._parameters.values()) if type(adapter).penalty is not Adapter.penalty else []
         self._engine = processes.engine(self._trainee, optimizer, adapter.phased, outside)
         if train.ema and optimizers.averages(optimizer):

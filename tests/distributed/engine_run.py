@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from toy_run import Denoiser, ToyBatches, build, recipe
 from finetune.errors import GuardError, Stopped, UserError
 from finetune.files import write_json
 from finetune.train import Trainer
+from finetune.train.trainee import Trainee
 
 folder = Path(sys.argv[1])
 
@@ -86,7 +88,11 @@ def hold_to_the_average() -> None:
 
 def deal_out() -> None:
     """What a process holds between steps: its share of every weight where weights are dealt out, and else all."""
-    trainer, networks = build(recipe(folder / "share", steps=6, batch_size=2), dropout=0.0)
+    with patch.object(nn.Module, "to", autospec=True, side_effect=nn.Module.to) as to:
+        trainer, networks = build(recipe(folder / "share", steps=6, batch_size=2), dropout=0.0)
+    moved = {type(call.args[0]) for call in to.call_args_list}
+    cut = engine in ("FSDP2", "DeepSpeed ZeRO-3")
+    assert bool(moved & {Denoiser, Trainee}) != cut, "what is cut is moved to the device one weight after the other"
     total = sum(value.numel() for value in Denoiser(0.0).parameters())
     for batch in trainer.steps(ToyBatches(trainer.recipe, trainer.processes)):
         trainer.update(batch)

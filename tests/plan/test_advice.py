@@ -19,7 +19,6 @@ from finetune.plan.advice import _advice as advice_of
 from finetune.plan.advice import _way, refusal
 from finetune.plan.contents import Memory
 from finetune.plan.launches import launches
-from finetune.plan.memory import LIBRARIES
 from finetune.plan.weights import Weight
 
 PLAIN = ["recipe=lora", "adapter={kind: lora, rank: 4}"]
@@ -161,11 +160,11 @@ def test_a_profile_of_ones_own_is_considered_and_a_broken_one_is_not(folder: Pat
     assert "mine" in launches() and "broken" not in launches()
 
 
-def test_a_base_larger_than_a_gpu_begins_under_fsdp2_alone(folder: Path) -> None:
-    """It is cut on the host. Under ZeRO-3 it lies whole on the device at first, when most is taken."""
+@pytest.mark.parametrize("name", ["zero3", "fsdp2", "zero3-offload", "fsdp2-offload"])
+def test_a_base_larger_than_a_gpu_begins_where_it_is_cut(name: str, folder: Path) -> None:
+    """It is cut on the host, one weight after the other, so that only the host must hold all of it."""
     base = [Weight((20_000, 20_000), unit=f"block {number}") for number in range(40)]
     all_of_it = 4 * 40 * 20_000**2  # 64 GB
     memory = Memory(parts={"weights": all_of_it}, formula="")
-    zero3, fsdp2 = (_way(read(), launches()[name], base, memory, 0, 8) for name in ("zero3", "fsdp2"))
-    assert (zero3.phase, zero3.bytes) == ("starting", LIBRARIES + all_of_it)
-    assert fsdp2.phase == "a step" and fsdp2.bytes < all_of_it / 4 and fsdp2.host == all_of_it
+    way = _way(read(), launches()[name], base, memory, 0, 8)
+    assert way.phase == "a step" and way.bytes < all_of_it / 4 and way.host == all_of_it
