@@ -70,12 +70,12 @@ def test_a_manifest_asks_for_what_it_launches(name: str) -> None:
     assert options.rdzv_backend == "c10d" and options.max_restarts > 0
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert mounted == {"work": "/work", "memory": "/dev/shm"} and volumes.keys() == mounted.keys()
+    assert mounted == {"work": "/workspace", "memory": "/dev/shm"} and volumes.keys() == mounted.keys()
     assert "claimName" in volumes["work"]["persistentVolumeClaim"]
     assert volumes["memory"]["emptyDir"]["medium"] == "Memory"
     dockerfile = (ROOT / "launch" / "docker" / "Dockerfile").read_text()
     assert re.search(r"^USER (\d+)$", dockerfile, re.MULTILINE)[1] == f"{pod['securityContext']['runAsUser']}"  # type: ignore[index]
-    assert dockerfile.rindex("WORKDIR /work\n") > dockerfile.rindex("WORKDIR /opt")
+    assert dockerfile.rindex("WORKDIR /workspace\n") > dockerfile.rindex("WORKDIR /opt")
 
 
 def test_manifests_have_the_keys_that_the_operators_know() -> None:
