@@ -28,8 +28,18 @@ def ranks(world: int, per_machine: int | None = None, gate: threading.Barrier | 
 
 
 def at_once(work: Callable[[Rank], object], world: int, per_machine: int | None = None) -> None:
-    """Have every process do ``work`` in a thread of its own, and raise what one of them raised."""
+    """Have every process do ``work`` in a thread of its own, and raise what the first one raised that has failed."""
     gate = threading.Barrier(world)
+    failed: list[BaseException] = []
+
+    def do(rank: Rank) -> None:
+        try:
+            work(rank)
+        except BaseException as error:
+            failed.append(error)  # before the others, which then no longer wait
+            gate.abort()
+
     with ThreadPoolExecutor(world) as pool:
-        for done in [pool.submit(work, rank) for rank in ranks(world, per_machine, gate)]:
-            done.result()
+        list(pool.map(do, ranks(world, per_machine, gate)))
+    if failed:
+        raise failed[0]

@@ -23,9 +23,9 @@ def clip_pieces(
     All processes must call, each with what it has.
 
     Args:
-        pieces: changed in place, wherever they lie.
-        device: where processes can exchange numbers.
-        max_value: cuts each number to this size instead.
+        pieces: of any shape and on any device, float32; changed in place.
+        device: where processes can exchange numbers, and where the norm is.
+        max_value: cuts each number to this size instead of shortening all of them to ``max_norm``.
     """
     total = torch.zeros((), device=device)
     for piece in pieces:
