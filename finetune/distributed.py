@@ -168,8 +168,8 @@ class Processes:
 
     @property
     def loading_device(self) -> torch.device:
-        """Where networks are put that train: the host, where the engine cuts weights. It moves one after the other from
-        there and keeps its piece, so that a network may be larger than any device.
+        """Where networks are put that train. For an engine that cuts weights it is the host, from where one weight or
+        block after the other is moved and cut: whole networks may be larger than the device.
         """
         return torch.device("cpu") if self.shards_weights else self.device
 
